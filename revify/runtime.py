@@ -1,0 +1,391 @@
+"""The memory-free backward: one tape per forward pass, wound back while autograd works.
+
+Forward. Step k of a stage runs its block under hooks that drop what autograd saves (`reruns`), and adds the coupling on
+the grid (`stream`). The tape keeps the two newest stream values and the packed residues, nothing else.
+
+Backward. When autograd first needs a dropped tensor of step k, the tape stands at (z[k], z[k+1]), or is wound there;
+the block runs again on z[k], which gives its saved tensors and T(z[k]), and so, by the inverse, z[k-1]; the tape now
+stands at (z[k-1], z[k]). At the start of the stage the reconstructed input must be the one that came in, bit for bit.
+
+A block finds its stream by the tensor it is given: a `Link` rides on every value between two blocks. So the state
+belongs to the forward pass, never to a module, and a value that something was done to carries no link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify.errors import GridRangeError, ReplayError, StreamError
+from revify.predictors import Predictor
+from revify.replay import SideInputs
+from revify.reruns import LIKELY_CAUSES, Rerun
+from revify.stream import Gap, Grid, Join, OnGrid, step, unstep
+
+_plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
+
+
+@contextmanager
+def plain_backward() -> Iterator[None]:
+    """Run converted models in the body under ordinary autograd: same values, all activations saved.
+
+    This is the oracle of revify's own tests, and what a doubtful gradient is to be compared with.
+
+    Example:
+        >>> with revify.plain_backward():
+        ...     model(images).sum().backward()
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class StageRule:
+    """What the steps of one stage share.
+
+    Args:
+        names: the blocks' paths, in order.
+        bits: residue bits b; the gain is γ = 2^-b.
+        grid: the grid of the stream.
+    """
+
+    names: tuple[str, ...]
+    bits: int
+    grid: Grid
+
+
+class Link:
+    """Rides on a stream value on its way from one block to the next.
+
+    Args:
+        tape: of this forward pass.
+        index: k+1, the block that comes next.
+        older: z[k-1], with its graph.
+        newest: z[k], with its graph, where the value that carries the link is a shorter-typed copy of it; else None.
+    """
+
+    __slots__ = ("index", "newest", "older", "tape", "version")
+
+    def __init__(self, tape: Tape, index: int, older: Tensor, newest: Tensor | None, version: int) -> None:
+        self.tape, self.index, self.older, self.newest, self.version = tape, index, older, newest, version
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a value that is saved or copied leaves its forward pass
+
+
+@dataclass(slots=True)
+class Value:
+    """One stream value on the tape; `version` is None once the value is private (reconstructed)."""
+
+    values: Tensor
+    version: int | None
+
+    def checked(self, name: str) -> Tensor:
+        if self.version is not None and self.values._version != self.version:
+            raise StreamError(
+                f"the output of {name} was changed in place after the block had returned it; the inputs before it "
+                "cannot be reconstructed from the changed values. Use the out-of-place operation, or clone() first."
+            )
+        return self.values
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the tape keeps of step k.
+
+    Args:
+        block: the step's module and coupling.
+        rerun: its second run.
+        needs_grad: whether z[k] had a gradient.
+        residue: the packed bits, None where b = 0 or while the tape stands before this step.
+        stride: of z[k], which its reconstruction must have too: kernels depend on it.
+    """
+
+    block: Step
+    rerun: Rerun
+    needs_grad: bool
+    residue: Tensor | None
+    stride: tuple[int, ...]
+
+
+class Tape:
+    """One forward pass through one stage: able to stand at every pair (z[k], z[k+1]), holding just one."""
+
+    def __init__(self, rule: StageRule) -> None:
+        self.rule = rule
+        self._entries: dict[int, Entry] = {}
+        self._first = 0  # the first step that ran with gradients enabled
+        self._position = 0  # k of (z[k], z[k+1])
+        self._older: Value | None = None
+        self._newer: Value | None = None
+        self._checksum: Tensor | None = None
+        self._loaded: Rerun | None = None
+        self._peaks: list[tuple[int, Tensor]] = []
+
+    # Forward
+
+    def append(self, index: int, z: Tensor, entry: Entry) -> None:
+        """Step `index` is about to run on z."""
+        if not self._entries:
+            self._first = index
+            self._checksum = _checksum(z)
+            self._newer = Value(z.detach(), z._version)
+        self._entries[index] = entry
+
+    def advance(self, index: int, value: Tensor, residue: Tensor | None) -> None:
+        """Step `index` has given z[index+1] = value."""
+        self._entries[index].residue = residue
+        self._older, self._newer = self._newer, Value(value.detach(), value._version)
+        self._position = index
+
+    def observe(self, index: int, *values: Tensor) -> None:
+        """Note how far step `index` went out on the grid."""
+        self._peaks += [(index, torch.linalg.vector_norm(v.detach(), float("inf"))) for v in values]
+
+    def check_range(self) -> None:
+        """Refuse values outside of the range where the grid is exact."""
+        if not self._peaks:
+            return
+        peaks = torch.stack([peak for _, peak in self._peaks])
+        limit = self.rule.grid.limit(peaks.dtype)
+        outside = ~(peaks < limit)
+        if not bool(outside.any()):
+            self._peaks = []
+            return
+        where = int(outside.nonzero()[0])
+        index, peak = self._peaks[where][0], float(peaks[where])
+        self._peaks = []
+        if not torch.isfinite(peaks[where]):
+            raise GridRangeError(
+                f"{self.rule.names[index]}: its stream values are no longer finite ({peak}). Training has diverged, or "
+                "the input was not finite: lower the learning rate, clip gradients, or check the data."
+            )
+        raise GridRangeError(
+            f"{self.rule.names[index]}: a stream value of magnitude {peak:.6g} is outside of the exact range ±{limit:g} of "
+            f"the grid with resolution 2^-{self.rule.grid.resolution}, so its input could not be reconstructed. Convert "
+            f"with a coarser grid, for example grid={self._fitting_resolution(peak, limit)}."
+        )
+
+    def _fitting_resolution(self, peak: float, limit: float) -> int:
+        resolution = self.rule.grid.resolution
+        while limit < 4 * peak:
+            resolution, limit = resolution - 1, limit * 2
+        return resolution
+
+    # Backward
+
+    def load(self, index: int) -> None:
+        """Run step `index` again for its saved tensors, and move the tape one step back."""
+        with torch.no_grad():
+            self.check_range()
+            if self._loaded is not None:
+                self._loaded.forget()
+            self._wind_to(index)
+            self._loaded = self._entries[index].rerun
+            self._back(index, catch=True)
+
+    def _wind_to(self, index: int) -> None:
+        while self._position > index:
+            self._back(self._position, catch=False)
+        while self._position < index:
+            self._forth(self._position + 1)
+
+    def _back(self, index: int, *, catch: bool) -> None:
+        """From (z[k], z[k+1]) to (z[k-1], z[k]), k = index; at the first step the tape stays."""
+        entry = self._entries[index]
+        older, newer = self._ends()
+        forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
+        if index == self._first:
+            if index == 0 and not torch.equal(newer, t):
+                raise self._not_repeated(f"{entry.rerun.name} returned other values when it was run again")
+            return
+        gap = unstep(newer, t, entry.residue, self.rule.bits, self.rule.grid)
+        del newer, t
+        entry.residue = None
+        if late is not None:
+            gap += late
+        gap += forecast
+        previous = _with_strides(gap, self._entries[index - 1].stride)
+        self._newer, self._older = self._older, Value(previous, None)
+        self._position = index - 1
+        if index - 1 == self._first and not torch.equal(_checksum(previous), self._checksum):
+            raise self._not_repeated("the reconstructed input of the stage is not the one that came in")
+
+    def _forth(self, index: int) -> None:
+        """From (z[k-1], z[k]) to (z[k], z[k+1]), k = index: only a second backward needs this."""
+        entry = self._entries[index]
+        older, newer = self._ends()
+        forecast, t, late = entry.block.parts_again(entry, newer, catch=False)
+        gap = older - forecast
+        if late is not None:
+            gap -= late
+        value, entry.residue = step(t, gap, self.rule.bits, self.rule.grid)
+        following = self._entries.get(index + 1)
+        value = _with_strides(value, following.stride if following else value.stride())
+        self._older, self._newer = self._newer, Value(value, None)
+        self._position = index
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        assert self._older is not None and self._newer is not None  # invariant: a placeholder exists, so a step ran
+        older_name = self.rule.names[max(self._position - 1, 0)]
+        return self._older.checked(older_name), self._newer.checked(self.rule.names[self._position])
+
+    def _not_repeated(self, what: str) -> ReplayError:
+        first, last = self.rule.names[0], self.rule.names[-1]
+        return ReplayError(
+            f"stage {first} … {last}: {what}, so a block did not repeat itself and the gradients just computed are wrong: "
+            f"discard them. {LIKELY_CAUSES}"
+        )
+
+
+class Step:
+    """Stands in for the forward of the `index`-th block of a stage.
+
+    Args:
+        block: the module, as it was; its own forward is T.
+        rule: what the stage's steps share.
+        index: k, counted from 0; the first step is the ordinary block.
+        predictor: q.
+        stream: which argument is the stream, a position or a keyword.
+    """
+
+    def __init__(
+        self, block: nn.Module, rule: StageRule, index: int, predictor: Predictor, stream: int | str = 0
+    ) -> None:
+        self.block, self.rule, self.index, self.predictor, self.stream = block, rule, index, predictor, stream
+
+    @property
+    def name(self) -> str:
+        return self.rule.names[self.index]
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
+        x, side = self._split(args, kwargs)
+        tape, z, older = self._take(x)
+        branch_dtype = z.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        value = self._step(tape, z, older, side, branch_dtype)
+        visible = value.to(branch_dtype)
+        if self.index + 1 < len(self.rule.names):
+            newest = None if visible is value else value
+            visible.revify_link = Link(tape, self.index + 1, z, newest, visible._version)  # type: ignore[attr-defined]
+        else:
+            tape.check_range()
+        return visible
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+        """The stream tensor, and the arguments with a hole where it was."""
+        if isinstance(self.stream, int):
+            x = args[self.stream]
+            args = (*args[: self.stream], None, *args[self.stream + 1 :])
+        else:
+            x, kwargs = kwargs[self.stream], {**kwargs, self.stream: None}
+        if not isinstance(x, Tensor):
+            raise StreamError(f"{self.name}: expected a tensor as its input {self.stream!r}, got {type(x).__name__}.")
+        return x, (args, kwargs)
+
+    def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
+        """The tape of this forward pass, z[k] and z[k-1]."""
+        link: Link | None = x.__dict__.pop("revify_link", None)
+        if link is None and x._base is not None and x._base.data_ptr() == x.data_ptr() and x._base.shape == x.shape:
+            link = x._base.__dict__.pop("revify_link", None)  # FSDP hands on an alias of the value
+        if link is not None and (link.tape.rule is not self.rule or link.index != self.index):
+            came_from = link.tape.rule.names[link.index - 1]
+            raise StreamError(
+                f"{self.name} was given the output of {came_from}, which should go to {link.tape.rule.names[link.index]}: "
+                "the blocks of a stage must be called in the order in which they were converted. Call them in order, or "
+                "convert again after reordering the plain model."
+            )
+        if self.index == 0:
+            return Tape(self.rule), OnGrid.apply(x, self.rule.grid), None
+        previous = self.rule.names[self.index - 1]
+        if link is None:
+            raise StreamError(
+                f"{self.name}: its input is not the output of {previous}. Something stands between the two blocks (an "
+                "operation, or a hook that returns a new tensor), or blocks were skipped, repeated or called alone. "
+                "Remove it, or convert the model as it is called now; revify.revert gives the plain blocks back."
+            )
+        if x._version != link.version:
+            raise StreamError(
+                f"{self.name}: the output of {previous} was changed in place on its way here. Use an out-of-place "
+                "operation inside of the blocks, or convert the model as it is called now."
+            )
+        return link.tape, link.newest if link.newest is not None else x, link.older
+
+    def _step(
+        self, tape: Tape, z: Tensor, older: Tensor | None, side: tuple[Any, ...], branch_dtype: torch.dtype
+    ) -> Tensor:
+        """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come."""
+        args, kwargs = side
+        recorded = torch.is_grad_enabled() and not _plain.get()
+        if recorded:
+            rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, branch_dtype, *args), kwargs))
+            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, None, z.stride()))
+            gap, t, late = rerun.first(
+                lambda: self._branch(z, older, branch_dtype, *args, **kwargs),
+                z.device,
+                partial(tape.load, self.index),
+            )
+        else:
+            gap, t, late = self._branch(z, older, branch_dtype, *args, **kwargs)
+        value, residue = t, None
+        if older is not None:
+            value, residue = Join.apply(t, gap, late, self.rule.bits, self.rule.grid)
+            tape.observe(self.index, gap)
+            if late is not None:
+                tape.observe(self.index, gap.detach() - late.detach())
+        tape.observe(self.index, value)
+        if recorded:
+            tape.advance(self.index, value, residue)
+        return value
+
+    def _branch(
+        self, z: Tensor, older: Tensor | None, branch_dtype: torch.dtype, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """u = z[k-1] − a(z[k]), or a(z[k]) alone where z[k-1] is what is sought; T(z[k]); c(T(z[k]))."""
+        first = self.index == 0
+        forecast = z if first else self.predictor.before(z)
+        if older is not None:
+            forecast = Gap.apply(older, forecast, self.rule.bits)
+        if isinstance(self.stream, int):
+            args = (*args[: self.stream], z.to(branch_dtype), *args[self.stream + 1 :])
+        else:
+            kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
+        version = z._version
+        outputs = type(self.block).forward(self.block, *args, **kwargs)
+        if not isinstance(outputs, Tensor) or outputs.shape != z.shape:
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise StreamError(f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}.")
+        if z._version != version:
+            raise StreamError(
+                f"{self.name} changes its input in place, so the stream cannot go through it. Make the first operation "
+                "of the block an out-of-place one (for activations inplace=False) before converting."
+            )
+        t = OnGrid.apply(outputs, self.rule.grid)
+        return forecast, t, None if first else self.predictor.after(t)
+
+    def parts_again(self, entry: Entry, z: Tensor, *, catch: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""
+        forecast, t, late = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
+        return forecast.detach(), t.detach(), None if late is None else late.detach()
+
+
+def _checksum(z: Tensor) -> Tensor:
+    """A number that nearly any change of a bit changes: the sum of the values' bit patterns, wrapping around."""
+    bits = torch.int64 if z.element_size() == 8 else torch.int32
+    return z.detach().view(bits).sum(dtype=bits)
+
+
+def _with_strides(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if values.stride() == stride:
+        return values
+    return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device).copy_(values)

@@ -1,0 +1,196 @@
+"""The exact stream: real values → multiples of 2^-q, and a step on them that loses no bit.
+
+On the grid, sums and differences of float32 numbers are exact while |z|·2^q < 2^24, so that
+
+    u = z[k-1] − q(z[k])            exact
+    v = floor(u / 2^b)              exact; the residue r = u mod 2^b is kept, b bits per element
+    z[k+1] = T(z[k]) + v            exact;  inverse:  u = 2^b (z[k+1] − T(z[k])) + r
+
+Rounding and floor have no useful derivative: gradients pass them straight through, and v counts as γ·u, γ = 2^-b.
+Reference: the fixed-point streams with a remainder buffer go back to Maclaurin et al. 2015 (arXiv 1502.03492).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+MAX_BITS = 8  # the residue of one element fits one byte while it is being packed
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The multiples of 2^-resolution.
+
+    Args:
+        resolution: q, in bits behind the binary point.
+    """
+
+    resolution: int
+
+    @property
+    def scale(self) -> float:
+        """Grid points per unit."""
+        return 2.0**self.resolution
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """The magnitude below which every grid point is a number of `dtype` (float32 or float64)."""
+        return 2.0 / torch.finfo(dtype).eps / self.scale
+
+    def round(self, values: Tensor) -> Tensor:
+        """The nearest grid points, in a new tensor that keeps shape and strides, without a gradient.
+
+        There is no −0 among them: the inverse of a step could not tell it from +0.
+        """
+        with torch.no_grad():
+            points = values.to(stream_dtype(values.dtype)).mul(self.scale).round_()
+            zero = torch.zeros((), dtype=points.dtype, device=points.device)
+            return torch.add(zero, points, alpha=1 / self.scale, out=points)
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a stream of values of this type is held in: float64 stays, everything shorter becomes float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class OnGrid(Function):
+    """Round to the grid; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, grid: Grid) -> Tensor:  # Any: autograd's context has no public type
+        ctx.dtype = values.dtype
+        return grid.round(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+class Gap(Function):
+    """u = z[k-1] − q, whose gradient already carries the γ of the coupling.
+
+    A graph node of its own, created *before* the branch runs: autograd runs later nodes first, so while it works
+    through the branch, this node holds only a reference to the incoming gradient, not γ·grad and −γ·grad.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, older: Tensor, forecast: Tensor, bits: int) -> Tensor:
+        ctx.gamma = 2.0**-bits
+        return older - forecast
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad = grad if ctx.gamma == 1 else grad * ctx.gamma
+        return grad, -grad, None
+
+
+class Join(Function):
+    """z[k+1] and its residue from t, u and what the forecast adds after the branch; du is left to `Gap`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.gamma = 2.0**-bits
+        ctx.set_materialize_grads(False)
+        value, residue = step(t, gap if late is None else gap - late, bits, grid)
+        if residue is not None:
+            ctx.mark_non_differentiable(residue)
+        return value, residue
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        late = grad * -ctx.gamma if ctx.needs_input_grad[2] else None
+        return grad, grad, late, None, None
+
+
+def step(t: Tensor, gap: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """z[k+1] and the packed residue from T(z[k]) and the gap u.
+
+    Args:
+        t: T(z[k]) on the grid, any shape.
+        gap: u = z[k-1] − q(z[k]) on the grid, same shape.
+        bits: b, 0…8.
+        grid: the grid of both.
+
+    Returns:
+        z[k+1], same shape, and ceil(b·n/8) bytes (a few more where b is no power of two), or None at 0 bits.
+    """
+    with torch.no_grad():
+        if bits == 0:
+            return t + gap, None
+        points = gap * grid.scale
+        kept = points * 2.0**-bits
+        kept.floor_()
+        residue = points.sub_(kept, alpha=2.0**bits).to(torch.uint8)
+        del points
+        value = torch.add(t, kept.mul_(1 / grid.scale))
+        return value, pack(residue, bits)
+
+
+def unstep(value: Tensor, t: Tensor, residue: Tensor | None, bits: int, grid: Grid) -> Tensor:
+    """The gap u of `step`, from z[k+1], T(z[k]) and the packed residue."""
+    with torch.no_grad():
+        gap = value - t
+        if residue is not None:
+            gap.mul_(2.0**bits).add_(unpack(residue, bits, gap), alpha=1 / grid.scale)
+        return gap
+
+
+def pack(residue: Tensor, bits: int) -> Tensor:
+    """Numbers 0…2^bits−1, uint8 of any shape, → a flat uint8 tensor with `bits` bits for each."""
+    flat = _flat(residue)
+    parts, shift = [], 0
+    for width in _widths(bits):
+        field = (flat >> shift) & (2**width - 1)
+        parts.append(_pack_field(field, width))
+        shift += width
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def unpack(packed: Tensor, bits: int, like: Tensor) -> Tensor:
+    """The numbers that `pack` was given, uint8, in the shape and strides of `like`."""
+    count = like.numel()
+    flat = torch.zeros(count, dtype=torch.uint8, device=packed.device)
+    start, shift = 0, 0
+    for width in _widths(bits):
+        length = -(-count * width // 8)
+        field = _unpack_field(packed[start : start + length], width)[:count]
+        flat |= field << shift
+        start, shift = start + length, shift + width
+    residue = torch.empty_like(like, dtype=torch.uint8)
+    _flat(residue).copy_(flat)
+    return residue
+
+
+def _flat(values: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of its memory: the same for every tensor with these strides."""
+    return values.as_strided((values.numel(),), (1,))
+
+
+def _widths(bits: int) -> list[int]:
+    """`bits` as a sum of 8, 4, 2, 1: fields of these widths fill bytes without a gap."""
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
+def _pack_field(field: Tensor, width: int) -> Tensor:
+    per_byte = 8 // width
+    missing = -field.numel() % per_byte
+    if missing:
+        field = torch.nn.functional.pad(field, (0, missing))
+    columns = field.view(-1, per_byte)
+    packed = columns[:, 0].clone()
+    for column in range(1, per_byte):
+        packed |= columns[:, column] << (column * width)
+    return packed
+
+
+def _unpack_field(packed: Tensor, width: int) -> Tensor:
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & (2**width - 1)).view(-1)
