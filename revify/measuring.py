@@ -155,7 +155,7 @@ class _Step:
 
 
 def _warm_memory(step: _Step) -> Memory | None:
-    """The memory of a second step: the first allocates gradients and caches. None if the device has too little."""
+    """The memory of a second step (the first allocates gradients and caches); None if it does not fit."""
     try:
         step.seconds()
         return count_memory(step.forward, step.inputs[0].device)
@@ -197,7 +197,8 @@ def _forms(
         for form in forms:
             form.train()
     blocks = sum(len(stage.blocks) for stage in used.stages)
-    made = f"{blocks} blocks, predictor {used.predictor}, {used.bits} bits, transitions {used.transitions}"
+    couplings = sorted({f"{stage.predictor}, {stage.bits} bits" for stage in used.stages})
+    made = f"{blocks} blocks in {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
     return forms, ["ordinary autograd", method, made]
 
 

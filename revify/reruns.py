@@ -47,7 +47,7 @@ class Rerun:
 
     Args:
         name: the module's path, for errors.
-        run: the second run: (values, *args, **kwargs) → outputs, through `module`.
+        run: the second run: (*values, *args, **kwargs) → outputs, through `module`.
         module: whose buffers, modes and parameters are involved.
         side: the arguments besides the values.
     """
@@ -91,11 +91,11 @@ class Rerun:
         with Conditions.recorded(self._module, device) as self._conditions, hooks:
             return call()
 
-    def again(self, values: Tensor, *, catch: bool) -> Any:
+    def again(self, *values: Tensor, catch: bool) -> Any:
         """Run the module once more under the conditions of its first run.
 
         Args:
-            values: what it was given first, cut off from any graph, with its `requires_grad`.
+            values: what it was given before the side inputs, cut off from any graph, with its `requires_grad`.
             catch: keep what autograd saves, for the placeholders.
 
         Returns:
@@ -110,7 +110,7 @@ class Rerun:
 
         hooks: AbstractContextManager[None] = saved_tensors_hooks(keep if catch else _forget, _unreadable)
         with self._conditions.restored(), hooks:
-            outputs = self._run(values, *args, **kwargs)
+            outputs = self._run(*values, *args, **kwargs)
         if catch:
             if len(caught) != self._saves:
                 raise ReplayError(

@@ -49,6 +49,11 @@ def plain_backward() -> Iterator[None]:
         _plain.reset(token)
 
 
+def saves_nothing() -> bool:
+    """Whether a call made now is to drop what autograd saves: not without gradients, not in a plain backward."""
+    return torch.is_grad_enabled() and not _plain.get()
+
+
 @dataclass(frozen=True, slots=True)
 class StageRule:
     """What the steps of one stage share.
@@ -326,7 +331,7 @@ class Step:
     ) -> Tensor:
         """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come."""
         args, kwargs = side
-        recorded = torch.is_grad_enabled() and not _plain.get()
+        recorded = saves_nothing()
         if recorded:
             rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, branch_dtype, *args), kwargs))
             tape.append(self.index, z, Entry(self, rerun, z.requires_grad, None, z.stride()))

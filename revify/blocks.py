@@ -1,0 +1,236 @@
+"""Calls and graph → residual blocks, or refusals with path, reason and remedy.
+
+A module is a residual block when a path of additions leads from its input to its output:
+
+        x ──────────────────┐                x ─── norm ─ conv ───┐
+        └─ norm ─ attn ─ (+) ┴─ … (+) → y     └────────────────── (+) ── act → y
+
+Walking back from y we may pass additions, operations that only move elements (reshape, permute, window, crop), scaling by
+something that does not depend on x, and, before an addition is met, activations and norms ("post-activation",
+"post-norm"). The walk succeeds when it comes to x straight from an addition.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from revify.tracing import Call, Observation, TensorInput, Trace, TracedCall, trace_block
+
+
+class Shortcut(StrEnum):
+    """What lies on the way from the input of a residual block to its output."""
+
+    IDENTITY = "identity"
+    SCALED = "scaled"
+    POST_ACTIVATION = "post-activation"
+    POST_NORM = "post-norm"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A part of the model that is left as it is.
+
+    Args:
+        path: of the module.
+        reason: what was found.
+        remedy: what to do instead.
+    """
+
+    path: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualBlock:
+    """A module that adds to its input.
+
+    Args:
+        call: its one call in the observed pass.
+        stream: the input that is the stream.
+        shortcut: what lies on the shortcut.
+    """
+
+    call: Call
+    stream: TensorInput
+    shortcut: Shortcut
+
+
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+SCALINGS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+MOVES: set[Any] = {
+    operator.getitem,
+    *(torch.reshape, torch.permute, torch.transpose, torch.flatten, torch.squeeze, torch.unsqueeze, torch.roll),
+    *(torch.cat, torch.chunk, torch.split, torch.unbind, torch.movedim, functional.pad),
+    *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
+    *("roll", "movedim", "chunk", "split", "unbind", "to", "float", "type_as", "clone"),
+}
+ACTIVATIONS: set[Any] = {
+    *(functional.relu, functional.relu_, functional.gelu, functional.silu, functional.leaky_relu, functional.hardswish),
+    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh"),
+}
+WITHOUT_VALUES = {"size", "dim", "numel"}
+
+
+def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Module]) -> tuple[ResidualBlock, ...]:
+    """Every module of the model that is called once and adds to its input, at every depth of the module tree.
+
+    Args:
+        observation: the calls of one forward pass.
+        trace: of the whole model; where it failed, each candidate is traced alone.
+        modules: the model's modules by path.
+
+    Returns:
+        The residual blocks, in order of their calls.
+    """
+    counts: dict[str, int] = {}
+    for call in observation.calls:
+        counts[call.path] = counts.get(call.path, 0) + 1
+    blocks = []
+    for call in observation.calls:
+        if counts[call.path] > 1 or call.output is None or not list(modules[call.path].children()):
+            continue
+        for stream in call.inputs:
+            if (stream.shape, stream.dtype) != (call.shape, call.dtype) or stream.key == call.output:
+                continue
+            shortcut = _shortcut_of(call, stream, trace, modules[call.path])
+            if shortcut is not None:
+                blocks.append(ResidualBlock(call, stream, shortcut))
+                break
+    return tuple(blocks)
+
+
+def explain(call: Call, count: int, block: ResidualBlock | None, concatenated: bool) -> Refusal:
+    """Why a module that looks like a block is not part of a stage."""
+    if count > 1:
+        return Refusal(call.path, f"is called {count} times in one forward pass", "give each call a module of its own")
+    if call.output is None:
+        return Refusal(call.path, "does not return one tensor", "checkpoint it")
+    if block is not None:
+        reason = "is a residual block, but neither the module before it nor the one after it continues its stream"
+        return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
+    if concatenated:
+        reason = "its output is concatenated with its input, not added to it: the width grows, there is no stream"
+        return Refusal(call.path, reason, "checkpoint it")
+    shapes = [i.shape for i in call.inputs]
+    if shapes and call.shape not in shapes:
+        reason = f"changes the shape ({_sizes(shapes[0])} to {_sizes(call.shape)}): a transition"
+        return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
+    reason = "no path of additions leads from its input to its output: it is no residual block"
+    return Refusal(call.path, reason, "checkpoint it")
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape[1:])) or "a scalar"
+
+
+def _shortcut_of(call: Call, stream: TensorInput, trace: Trace, module: nn.Module) -> Shortcut | None:
+    if trace.graph is not None:
+        traced = trace.calls.get(call.path, [])
+        if len(traced) != 1:
+            return None
+        return find_shortcut(_argument(traced[0], stream.argument), traced[0].output, trace.modules)
+    alone = trace_block(module, call)
+    if alone.graph is None:
+        return None
+    return find_shortcut(_argument(alone.calls[""][0], stream.argument), alone.calls[""][0].output, alone.modules)
+
+
+def _argument(call: TracedCall, argument: int | str) -> Any:
+    if isinstance(argument, int):
+        return call.args[argument] if argument < len(call.args) else None
+    return call.kwargs.get(argument)
+
+
+def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | None:
+    """What lies on the shortcut from node x to node y, or None where there is no shortcut."""
+    if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
+        return None
+    dependent = _dependent_on(x)
+    seen: set[tuple[fx.Node, bool]] = set()
+    paths: list[tuple[fx.Node, bool, Shortcut]] = [(y, False, Shortcut.IDENTITY)]
+    while paths:
+        node, added, found = paths.pop()
+        if node is x:
+            if added:
+                return found
+            continue
+        if (node, added) in seen or node not in dependent:
+            continue
+        seen.add((node, added))
+        role = _role(node, modules)
+        operands = [n for n in node.all_input_nodes if n in dependent]
+        if role == "add":
+            paths += [(n, True, found) for n in operands]
+        elif role == "move":
+            paths += [(n, added, found) for n in operands]
+        elif role == "scale" and len(operands) == 1:
+            paths.append((operands[0], added, max(found, Shortcut.SCALED, key=_weight)))
+        elif role in (Shortcut.POST_ACTIVATION, Shortcut.POST_NORM):
+            paths += [(n, False, max(found, Shortcut(role), key=_weight)) for n in operands[:1]]
+    return None
+
+
+def _weight(shortcut: Shortcut) -> int:
+    return list(Shortcut).index(shortcut)
+
+
+def _dependent_on(x: fx.Node) -> set[fx.Node]:
+    """The nodes whose values follow from x (sizes and types do not count as values)."""
+    found, pending = {x}, [x]
+    while pending:
+        for user in pending.pop().users:
+            shape_only = user.target in WITHOUT_VALUES or user.target is getattr
+            if user not in found and not shape_only:
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+def _role(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return _module_role(modules[str(node.target)])
+    if node.target in ADDITIONS:
+        return "add"
+    if node.target in SCALINGS:
+        return "scale"
+    if node.target in MOVES or _is_timm_function(node.target):
+        return "move"
+    if node.target in ACTIVATIONS:
+        return Shortcut.POST_ACTIVATION
+    if node.target in (functional.layer_norm, functional.batch_norm, functional.group_norm):
+        return Shortcut.POST_NORM
+    return "other"
+
+
+def _module_role(module: nn.Module) -> str:
+    kind = type(module)
+    if isinstance(module, nn.Identity):
+        return "move"
+    if isinstance(module, nn.Flatten | nn.Unflatten):
+        return "move"
+    if isinstance(module, nn.MultiheadAttention):
+        return "other"
+    if kind.__module__ == "torch.nn.modules.activation" or "activations" in kind.__module__:
+        return Shortcut.POST_ACTIVATION
+    if "norm" in kind.__module__.rsplit(".", 1)[-1]:
+        return Shortcut.POST_NORM
+    return "other"
+
+
+def _is_timm_function(target: Any) -> bool:
+    """Functions that timm keeps out of traces move elements: windows, grids, padding, position resampling."""
+    return callable(target) and getattr(target, "__module__", "").startswith("timm.")
+
+
+def concatenates(graphs: Iterable[fx.Node]) -> bool:
+    """Whether features are concatenated anywhere among the nodes."""
+    return any(node.target in (torch.cat, torch.concat) for node in graphs)

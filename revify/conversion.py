@@ -1,0 +1,229 @@
+"""plan(), convert(), revert(): the whole story.
+
+    model ─observe, trace─▶ blocks ─▶ stages ─▶ Plan ─apply_plan─▶ converted model ─remove_plan─▶ plain model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from revify.errors import RefusalError, RevifyError
+from revify.planning import Plan, group_reasons, make_plan
+from revify.predictors import PREDICTORS
+from revify.rewriting import apply_plan, remove_plan
+from revify.stream import MAX_BITS
+
+DEFAULT_BITS = 4
+DEFAULT_GRID = 12
+
+Example = Tensor | Sequence[Tensor] | None
+PredictorName = Literal["identity", "midpoint"]
+Transitions = Literal["keep", "checkpoint"]
+
+
+def plan(
+    model: nn.Module,
+    example: Example = None,
+    *,
+    predictor: PredictorName = "identity",
+    bits: int = DEFAULT_BITS,
+    grid: int = DEFAULT_GRID,
+    transitions: Transitions = "keep",
+) -> Plan:
+    """Say what `convert` would do to a model, without doing it.
+
+    The analysis runs on a copy without data; the model stays as it is.
+
+    Example:
+        >>> import timm, revify
+        >>> plan = revify.plan(timm.create_model("test_vit"))
+        >>> [block.path for block in plan.stages[0].blocks][:2]
+        ['blocks.0', 'blocks.1']
+
+    Args:
+        model: the model, which may be on any device.
+        example: one batch of input, or a tuple of positional inputs; only shapes and types matter. Without it, two
+            images of the size in the model's timm configuration.
+        predictor: of the previous stream value from the current one.
+        bits: residue bits per element and step, 0…8: each costs b/8 byte and halves the change of the function.
+        grid: resolution q; stream values are multiples of 2^-q within ±2^(24-q).
+        transitions: "checkpoint" also checkpoints what lies between the stages.
+
+    Returns:
+        The plan: stages, what is checkpointed, refusals, saved bytes. It prints as a table.
+
+    Raises:
+        RefusalError: the model is already converted, wrapped, compiled or checkpointed, or does not run on the example.
+        RevifyError: an option is out of its range.
+    """
+    _check_options(predictor, bits, grid, transitions)
+    _check_model(model)
+    return make_plan(
+        model, _example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
+    )
+
+
+def convert(
+    model: nn.Module,
+    example: Example = None,
+    *,
+    plan: Plan | None = None,
+    predictor: PredictorName = "identity",
+    bits: int = DEFAULT_BITS,
+    grid: int = DEFAULT_GRID,
+    transitions: Transitions = "keep",
+) -> nn.Module:
+    """Make the residual stages of a model reversible, with a backward that stores no activations.
+
+    The result has the same class, module paths, methods, hooks and state_dict keys, and shares parameters and buffers
+    with the given model, which stays as it was. Train it as usual; `revert` gives the plain model back.
+
+    Example:
+        >>> import timm, torch, revify
+        >>> model = revify.convert(timm.create_model("test_vit"))
+        >>> model(torch.randn(2, 3, 160, 160)).sum().backward()
+
+    Args:
+        model: the plain model.
+        example: as for `plan`.
+        plan: do exactly this plan; the other options are then those of the plan.
+        predictor: as for `plan`.
+        bits: as for `plan`.
+        grid: as for `plan`.
+        transitions: as for `plan`.
+
+    Returns:
+        The converted model. Its plan is its attribute `revify_plan`.
+
+    Raises:
+        RefusalError: nothing in the model can be converted, or it is in a state in which it must not be.
+        RevifyError: an option is out of its range.
+
+    Reference:
+        Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of ../docs/method.md.
+    """
+    _check_model(model)
+    if plan is None:
+        plan = _plan(
+            model, example, predictor=predictor, bits=bits, grid=grid, transitions=transitions
+        )
+    if not plan.stages:
+        reasons = "; ".join(f"{paths}: {reason}" for reason, paths in list(group_reasons(plan.refusals).items())[:4])
+        raise RefusalError(
+            f"{type(model).__name__} has no stage to convert: {reasons}. A stage is a run of at least two residual blocks of "
+            "the same shape. Use gradient checkpointing for this model, or a residual one."
+        )
+    return apply_plan(model, plan)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """The plain model of a converted one, sharing its parameters and buffers.
+
+    The converted model stays as it is. If nothing was trained, the plain model is bit for bit the one that was given to
+    `convert`; after training it has the trained parameters and the plain architecture's function.
+
+    Example:
+        >>> import timm, revify
+        >>> model = timm.create_model("test_vit")
+        >>> plain = revify.revert(revify.convert(model))
+        >>> plain.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+        True
+
+    Args:
+        model: a converted model.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        RefusalError: the model is not a converted one.
+    """
+    if not isinstance(getattr(model, "revify_plan", None), Plan):
+        raise RefusalError(
+            f"{type(model).__name__} is not a converted model, so there is nothing to revert. Pass the module that "
+            "revify.convert returned; unwrap it first if it is inside of DDP or a compiled model (model.module, _orig_mod)."
+        )
+    return remove_plan(model)
+
+
+_plan = plan  # `convert` has an argument of this name
+
+
+def _check_options(predictor: str, bits: int, grid: int, transitions: str) -> None:
+    if predictor not in PREDICTORS:
+        raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(PREDICTORS)}.")
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits <= MAX_BITS:
+        raise RevifyError(f"bits={bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}.")
+    if not isinstance(grid, int) or isinstance(grid, bool) or not 0 <= grid <= 20:
+        raise RevifyError(
+            f"grid={grid!r} is no resolution: give a whole number q from 0 to 20; values are then multiples of 2^-q within "
+            "±2^(24-q). The default is 12 (±4096)."
+        )
+    if transitions not in ("keep", "checkpoint"):
+        raise RevifyError(f'transitions={transitions!r} is not known: choose "keep" or "checkpoint".')
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse models in a state in which they cannot be converted rightly."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise RefusalError(f"expected a torch.nn.Module, got {name}. Pass the model itself.")
+    if isinstance(getattr(model, "revify_plan", None), Plan):
+        raise RefusalError(f"{name} is already converted. Use it as it is, or revify.revert(model) first.")
+    wrapper = _wrapper(model)
+    if wrapper:
+        raise RefusalError(
+            f"{name} is {wrapper}. Convert the plain model first, then wrap it: the wrapper must see the converted blocks."
+        )
+    for path, module in model.named_modules():
+        if any(getattr(module, flag, False) is True for flag in ("grad_checkpointing", "gradient_checkpointing")):
+            raise RefusalError(
+                f"{name}: gradient checkpointing is switched on (in {path or 'the model'}), which would run the blocks of "
+                "a converted model out of order. Switch it off first: model.set_grad_checkpointing(False)."
+            )
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    """How a model is wrapped, by the classes of torch that do it; importing them all would take seconds."""
+    kinds = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("torch.")}
+    if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}:
+        return "wrapped for parallel training (DDP, FSDP or DataParallel)"
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    if compiled or any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
+        return "compiled with torch.compile, or holds a compiled module"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "a TorchScript module"
+    return None
+
+
+def _example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
+    if isinstance(example, Tensor):
+        return (example,)
+    if example is not None:
+        inputs = tuple(example)
+        if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+            raise RevifyError("example: expected a tensor or a tuple of tensors, the positional inputs of the model.")
+        return inputs
+    size = _input_size(model)
+    if size is None:
+        raise RefusalError(
+            f"{type(model).__name__} has no timm configuration that names its input size, so it cannot be analysed without "
+            "an example. Pass one batch: revify.convert(model, images)."
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return (torch.zeros(2, *size, dtype=dtype, device="meta"),)
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Channels, height and width: of the model as built (`img_size=`), else of its timm configuration."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if hasattr(config, "get") else None
+    if size is None:
+        return None
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    channels = getattr(model, "in_chans", size[0])
+    return (channels, *built) if built else tuple(size)

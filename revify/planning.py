@@ -1,0 +1,348 @@
+"""Stages → Plan: what will be done to a model, as a frozen record that prints as a table and goes through JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from revify.blocks import Refusal, ResidualBlock, concatenates, explain, find_blocks
+from revify.errors import RevifyError
+from revify.stages import Stage, group_stages
+from revify.tracing import Call, Observation, Trace, observe, trace
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One block of a stage.
+
+    Args:
+        path: of the module.
+        kind: its class name.
+        stream: which of its arguments is the stream, a position or a keyword.
+        shortcut: identity, scaled, post-activation or post-norm.
+        saved_bytes: what autograd saves within it.
+    """
+
+    path: str
+    kind: str
+    stream: int | str
+    shortcut: str
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One reversible stage.
+
+    Args:
+        blocks: in the order of their calls; the first is run as it is, the others are coupled.
+        shape: of the stream in the example, batch first.
+        dtype: of the stream in the plain model.
+        stream_bytes: of one stream value.
+        bits: residue bits per element and step, 0…8.
+        predictor: of the previous stream value.
+    """
+
+    blocks: tuple[BlockPlan, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    stream_bytes: int
+    bits: int
+    predictor: str
+
+    @property
+    def saved_bytes(self) -> int:
+        """What plain autograd saves in the stage."""
+        return sum(block.saved_bytes for block in self.blocks)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the reversible stage holds: two stream values and the packed residues."""
+        residue = self.stream_bytes // (8 if self.dtype == "float64" else 4) * self.bits // 8
+        return 2 * self.stream_bytes + (len(self.blocks) - 1) * residue
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """What one block saves at most while it runs again."""
+        return max(block.saved_bytes for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """One module between the stages that is run again in backward, from its kept input."""
+
+    path: str
+    saved_bytes: int
+    input_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `convert` will do to a model.
+
+    Args:
+        model: its class name.
+        architecture: its name in timm, where known.
+        example: the shapes of the inputs it was analysed with.
+        grid: resolution q of the grid, in bits behind the binary point.
+        transitions: "keep" or "checkpoint".
+        stages: what becomes reversible.
+        checkpointed: what lies between the stages and is checkpointed.
+        refusals: what looks like a block and is left as it is.
+        saved_bytes: what plain autograd saves for the example.
+        traced: how the structure was found: "whole" or, where the whole model cannot be traced, the reason.
+    """
+
+    model: str
+    architecture: str | None
+    example: tuple[tuple[int, ...], ...]
+    grid: int
+    transitions: str
+    stages: tuple[StagePlan, ...]
+    checkpointed: tuple[CheckpointPlan, ...]
+    refusals: tuple[Refusal, ...]
+    saved_bytes: int
+    traced: str
+
+    @property
+    def stage_share(self) -> float:
+        """The share of the saved bytes that lies inside the stages, 0…1."""
+        return sum(stage.saved_bytes for stage in self.stages) / max(self.saved_bytes, 1)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The most that is held for backward at a time: between the stages, in the streams, and in one running block."""
+        kept = self.saved_bytes
+        kept -= sum(stage.saved_bytes for stage in self.stages) + sum(c.saved_bytes for c in self.checkpointed)
+        kept += sum(stage.held_bytes for stage in self.stages) + sum(c.input_bytes for c in self.checkpointed)
+        running = [s.largest_block_bytes for s in self.stages] + [c.saved_bytes for c in self.checkpointed]
+        return kept + max(running, default=0)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `Plan.from_json` reads it back."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from the text that `to_json` wrote.
+
+        Raises:
+            RevifyError: the text is no plan of this format.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise RevifyError(f"this text is no revify plan ({error}): expected what Plan.to_json() writes.") from error
+        if version != FORMAT:
+            raise RevifyError(f"this plan has format {version}; this revify reads format {FORMAT}: install a newer revify.")
+        try:
+            return cls(**_restored(fields))
+        except (KeyError, TypeError) as error:
+            raise RevifyError(f"this revify plan is damaged ({error}): write it again with Plan.to_json().") from error
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def make_plan(
+    model: nn.Module,
+    example: Sequence[Tensor],
+    *,
+    bits: int,
+    predictor: str,
+    grid: int,
+    transitions: str,
+) -> Plan:
+    """Analyse a model and say what would be done to it.
+
+    Args:
+        model: any module; it stays as it is.
+        example: its positional inputs.
+        bits: residue bits for every stage.
+        predictor: for every stage.
+        grid: resolution of the grid.
+        transitions: "keep" or "checkpoint".
+    """
+    observation, graph = observe(model, example), trace(model, example)
+    modules = dict(model.named_modules())
+    blocks = find_blocks(observation, graph, modules)
+    stages = group_stages(blocks, graph)
+    config = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if hasattr(config, "get") else None
+    return Plan(
+        model=type(model).__name__,
+        architecture=architecture,
+        example=tuple(tuple(x.shape) for x in example),
+        grid=grid,
+        transitions=transitions,
+        stages=tuple(_stage_plan(stage, bits, predictor) for stage in stages),
+        checkpointed=_transitions(observation, stages) if stages and transitions == "checkpoint" else (),
+        refusals=_refusals(observation, graph, blocks, stages, modules),
+        saved_bytes=observation.saved_bytes,
+        traced=f"block by block, since the whole could not be: {graph.failure}" if graph.failure else "whole",
+    )
+
+
+def _stage_plan(stage: Stage, bits: int, predictor: str) -> StagePlan:
+    call = stage.blocks[0].call
+    return StagePlan(
+        blocks=tuple(
+            BlockPlan(b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes)
+            for b in stage.blocks
+        ),
+        shape=call.shape,
+        dtype=str(call.dtype).removeprefix("torch."),
+        stream_bytes=stage.stream_bytes,
+        bits=bits,
+        predictor=predictor,
+    )
+
+
+def _transitions(observation: Observation, stages: tuple[Stage, ...]) -> tuple[CheckpointPlan, ...]:
+    """The largest modules without a stage in them that lie beside or between stages; stem and head are left alone."""
+    inside = {b.call.path for stage in stages for b in stage.blocks}
+    above = {parent for path in inside for parent in _parents(path)}
+    orders = [b.call.order for stage in stages for b in stage.blocks]
+    found: list[CheckpointPlan] = []
+    counts = [call.path for call in observation.calls]
+    for call in observation.calls:
+        parent = call.path.rpartition(".")[0]
+        largest = call.path not in inside | above and parent in above
+        between = parent != "" or min(orders) < call.order < max(orders)
+        simple = call.output is not None and counts.count(call.path) == 1 and not any(i.changed for i in call.inputs)
+        if largest and between and simple and call.saved_bytes:
+            held = sum(_bytes(i.shape, i.dtype.itemsize) for i in call.inputs)
+            if call.saved_bytes > held:
+                found.append(CheckpointPlan(call.path, call.saved_bytes, held))
+    return tuple(found)
+
+
+def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    for size in shape:
+        itemsize *= size
+    return itemsize
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts))]
+
+
+def _refusals(
+    observation: Observation,
+    graph: Trace,
+    blocks: tuple[ResidualBlock, ...],
+    stages: tuple[Stage, ...],
+    modules: dict[str, nn.Module],
+) -> tuple[Refusal, ...]:
+    """A reason for every module that looks like a block, a child of a sequence with modules of its own, and is in no stage."""
+    inside = {b.call.path for stage in stages for b in stage.blocks}
+    above = {parent for path in inside for parent in _parents(path)}
+    residual = {b.call.path: b for b in blocks}
+    counts: dict[str, int] = {}
+    for call in observation.calls:
+        counts[call.path] = counts.get(call.path, 0) + 1
+    refused: dict[str, Refusal] = {}
+    for call in observation.calls:
+        looks_like_block = call.path in residual or (_in_sequence(call, modules) and list(modules[call.path].children()))
+        covered = call.path in inside | above or any(parent in inside | set(refused) for parent in _parents(call.path))
+        if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
+            within = _nodes_within(call, graph)
+            refused[call.path] = explain(call, counts[call.path], residual.get(call.path), concatenates(within))
+    if not stages and not blocks:
+        nothing = "no module adds its input to its output: there is no residual block in it"
+        refused = {"": Refusal("", nothing, "use gradient checkpointing"), **refused}
+    return tuple(refused.values())
+
+
+def _in_sequence(call: Call, modules: dict[str, nn.Module]) -> bool:
+    parent = modules[call.path.rpartition(".")[0]]
+    return isinstance(parent, nn.Sequential | nn.ModuleList) and len(parent) > 1
+
+
+def _nodes_within(call: Call, graph: Trace) -> list[Any]:
+    """The graph's nodes that were made inside of one module."""
+    if graph.graph is None:
+        return []
+    inside: Callable[[Any], bool] = lambda node: any(
+        path == call.path or path.startswith(call.path + ".") for path in (node.meta.get("nn_module_stack") or {})
+    )
+    return [node for node in graph.graph.nodes if inside(node)]
+
+
+def _restored(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **fields,
+        "example": tuple(tuple(shape) for shape in fields["example"]),
+        "stages": tuple(
+            StagePlan(
+                **{
+                    **stage,
+                    "shape": tuple(stage["shape"]),
+                    "blocks": tuple(BlockPlan(**block) for block in stage["blocks"]),
+                }
+            )
+            for stage in fields["stages"]
+        ),
+        "checkpointed": tuple(CheckpointPlan(**c) for c in fields["checkpointed"]),
+        "refusals": tuple(Refusal(**r) for r in fields["refusals"]),
+    }
+
+
+def _table(plan: Plan) -> str:
+    """The plan as text, with a row for each stage."""
+    shapes = ", ".join("×".join(map(str, shape)) for shape in plan.example)
+    name = f"{plan.architecture} ({plan.model})" if plan.architecture else plan.model
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, input {shapes}", title_justify="left")
+    for column in ("stage", "blocks", "shape", "shortcut", "predictor"):
+        table.add_column(column)
+    for column in ("bits", "saved MiB", "share"):
+        table.add_column(column, justify="right")
+    for number, stage in enumerate(plan.stages):
+        first, last = stage.blocks[0], stage.blocks[-1]
+        table.add_row(
+            str(number),
+            f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind})",
+            "×".join(map(str, stage.shape[1:])),
+            ", ".join(sorted({b.shortcut for b in stage.blocks})),
+            stage.predictor,
+            str(stage.bits),
+            f"{stage.saved_bytes / 2**20:.1f}",
+            f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",
+        )
+    text = io.StringIO()
+    console = Console(file=text, width=130, highlight=False)
+    console.print(table)
+    for c in plan.checkpointed:
+        console.print(f"  checkpointed: {c.path} ({c.saved_bytes / 2**20:.1f} MiB)")
+    for reason, paths in group_reasons(plan.refusals).items():
+        console.print(f"  left as it is: {paths}: {reason}")
+    console.print(
+        f"  saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
+        f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
+    )
+    if plan.traced != "whole":
+        console.print(f"  traced {plan.traced}")
+    return text.getvalue().rstrip()
+
+
+def group_reasons(refusals: tuple[Refusal, ...]) -> dict[str, str]:
+    """Each reason with the modules that it was given for."""
+    groups: dict[str, list[str]] = {}
+    for refusal in refusals:
+        groups.setdefault(refusal.reason, []).append(refusal.path or "the whole model")
+    return {
+        reason: ", ".join(paths) if len(paths) < 4 else f"{paths[0]}, {paths[1]} and {len(paths) - 2} more"
+        for reason, paths in groups.items()
+    }

@@ -1,0 +1,93 @@
+"""Plan + model → converted model, and back. The only file that edits modules, and it edits copies.
+
+A converted model is the same tree of the same classes under the same paths. What is new in it: the forward of each block
+of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root carries the plan as `revify_plan`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from revify.checkpointing import Checkpointed
+from revify.errors import RefusalError
+from revify.planning import Plan, StagePlan
+from revify.predictors import PREDICTORS
+from revify.runtime import StageRule, Step
+from revify.stream import Grid
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares parameters, buffers and hook functions with the model."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for name in HOOKS:
+            memo.update({id(hook): hook for hook in getattr(module, name).values()})
+    return copy.deepcopy(model, memo)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Do what the plan says to a copy of the model that shares its parameters and buffers.
+
+    Args:
+        model: the plain model, which stays as it is.
+        plan: made for this architecture.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        RefusalError: the model has other modules than the plan names.
+    """
+    _check_fits(model, plan)
+    converted = share(model)
+    for stage in plan.stages:
+        _install(converted, stage, plan.grid)
+    for checkpoint in plan.checkpointed:
+        module = converted.get_submodule(checkpoint.path)
+        module.forward = Checkpointed(module, checkpoint.path)
+    converted.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
+    return converted
+
+
+def remove_plan(model: nn.Module) -> nn.Module:
+    """The plain module tree of a converted model, sharing its parameters and buffers."""
+    plain = share(model)
+    for module in plain.modules():
+        if isinstance(module.__dict__.get("forward"), Step | Checkpointed):
+            del module.forward
+    del plain.revify_plan
+    return plain
+
+
+def _install(model: nn.Module, stage: StagePlan, resolution: int) -> None:
+    rule = StageRule(tuple(block.path for block in stage.blocks), stage.bits, Grid(resolution))
+    for index, block in enumerate(stage.blocks):
+        module = model.get_submodule(block.path)
+        module.forward = Step(module, rule, index, PREDICTORS[stage.predictor](), block.stream)
+
+
+def _check_fits(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules())
+    for block in (b for stage in plan.stages for b in stage.blocks):
+        kind = type(modules[block.path]).__name__ if block.path in modules else "nothing"
+        if kind != block.kind:
+            raise RefusalError(
+                f"{type(model).__name__}: the plan expects a {block.kind} at {block.path}, but there is {kind} there. The "
+                "plan was made for another architecture: make one with revify.plan(model)."
+            )
+        if "forward" in vars(modules[block.path]):
+            raise RefusalError(
+                f"{type(model).__name__}: the forward of {block.path} was replaced on the instance, so revify cannot run "
+                "the block by its class. Put the function into the class, or remove it before converting."
+            )
+    for checkpoint in plan.checkpointed:
+        if checkpoint.path not in modules:
+            raise RefusalError(
+                f"{type(model).__name__}: the plan checkpoints {checkpoint.path}, which the model does not have. The plan "
+                "was made for another architecture: make one with revify.plan(model)."
+            )

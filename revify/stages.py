@@ -1,0 +1,110 @@
+"""Residual blocks → stages: maximal runs on one stream, each block's input being the output of the one before.
+
+Runs exist at several depths of the module tree (a block, the container of blocks, a branch that adds to its own input).
+Of runs that overlap, the one that saves most is the stage: the finer, the fewer activations live at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from revify.blocks import ResidualBlock
+from revify.tracing import Trace, ValueKey
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of at least two residual blocks of the same shape, in the order of their calls."""
+
+    blocks: tuple[ResidualBlock, ...]
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of one stream value, which is held in float32 or longer."""
+        elements = 1
+        for size in self.blocks[0].call.shape:
+            elements *= size
+        dtype = self.blocks[0].call.dtype
+        return elements * max(4, dtype.itemsize if dtype else 4)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What autograd saves in all of its blocks."""
+        return sum(block.call.saved_bytes for block in self.blocks)
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """What autograd saves in the block that saves most: what a backward must hold at a time."""
+        return max(block.call.saved_bytes for block in self.blocks)
+
+    @property
+    def benefit(self) -> int:
+        """Bytes that the reversible stage does not hold."""
+        return self.saved_bytes - self.largest_block_bytes - 2 * self.stream_bytes
+
+
+def group_stages(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, ...]:
+    """The stages of a model, in the order of their calls; no module is in two of them.
+
+    Args:
+        blocks: all residual blocks, at every depth.
+        trace: of the model: a link that was observed must also stand in the graph, where there is one.
+    """
+    runs = sorted(_runs(blocks, trace), key=lambda stage: (-stage.benefit, stage.blocks[0].call.order))
+    chosen: list[Stage] = []
+    for run in runs:
+        paths = {block.call.path for stage in chosen for block in stage.blocks}
+        if run.benefit > 0 and not any(_nested(block.call.path, path) for block in run.blocks for path in paths):
+            chosen.append(run)
+    return tuple(sorted(chosen, key=lambda stage: stage.blocks[0].call.order))
+
+
+def _runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> list[Stage]:
+    """Maximal chains at each depth; where two blocks continue a stream, the one of the same class does."""
+    starting: dict[tuple[ValueKey, int], list[ResidualBlock]] = defaultdict(list)
+    for block in blocks:
+        starting[block.stream.key, _depth(block)].append(block)
+    runs, taken = [], set()
+    for block in blocks:
+        if block.call.path in taken:
+            continue
+        run = [block]
+        while following := _next(run[-1], starting, trace):
+            run.append(following)
+        taken.update(b.call.path for b in run)
+        if len(run) > 1:
+            runs.append(Stage(tuple(run)))
+    return runs
+
+
+def _next(
+    block: ResidualBlock, starting: dict[tuple[ValueKey, int], list[ResidualBlock]], trace: Trace
+) -> ResidualBlock | None:
+    assert block.call.output is not None  # a residual block returns one tensor
+    candidates = [
+        other
+        for other in starting.get((block.call.output, _depth(block)), [])
+        if (other.call.shape, other.call.dtype) == (block.call.shape, block.call.dtype)
+        and _linked(block, other, trace)
+    ]
+    same_class = [other for other in candidates if other.call.kind == block.call.kind]
+    return (same_class or candidates or [None])[0]
+
+
+def _linked(block: ResidualBlock, other: ResidualBlock, trace: Trace) -> bool:
+    """Whether the graph, too, says that one block's output is the other's input."""
+    if trace.graph is None:
+        return True
+    source, target = trace.calls[block.call.path][0], trace.calls[other.call.path][0]
+    argument = other.stream.argument
+    taken = target.args[argument] if isinstance(argument, int) else target.kwargs[argument]
+    return taken is source.output
+
+
+def _depth(block: ResidualBlock) -> int:
+    return block.call.path.count(".")
+
+
+def _nested(one: str, other: str) -> bool:
+    return one == other or one.startswith(other + ".") or other.startswith(one + ".")

@@ -1,0 +1,318 @@
+"""Module → what it does in one forward pass: its module calls and the torch.fx graph, from copies on the meta device.
+
+Two views of the same pass, each of which the other cannot replace:
+
+    observe   one forward pass on tensors without data: which module got which value, shapes, saved bytes
+    trace     the torch.fx graph: which operations lie between two values
+
+The user's model is never run, traced or changed; where operations have no meta implementation, a copy runs for real.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revify.errors import RefusalError
+
+
+@dataclass(frozen=True, slots=True)
+class ValueKey:
+    """One state of one tensor in an observed pass: an in-place change makes another key."""
+
+    serial: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput:
+    """A tensor among a call's arguments.
+
+    Args:
+        argument: its position or keyword.
+        key: which value it was.
+        shape: its shape.
+        dtype: its type.
+        changed: whether the call changed it in place.
+    """
+
+    argument: int | str
+    key: ValueKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of one module.
+
+    Args:
+        path: the module's path.
+        kind: its class name.
+        order: position among all calls, by start.
+        inputs: its tensor arguments.
+        output: the value it returned, None unless that is one tensor.
+        shape: of that tensor.
+        dtype: of that tensor.
+        saved_bytes: what autograd saved for backward within the call.
+    """
+
+    path: str
+    kind: str
+    order: int
+    inputs: tuple[TensorInput, ...]
+    output: ValueKey | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """All calls of one forward pass, in the order of their start, and what the whole pass saved."""
+
+    calls: tuple[Call, ...]
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TracedCall:
+    """One call of one module in a torch.fx graph: its arguments and what it returned, as nodes where they are values."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A torch.fx graph and the module calls in it; `failure` says why there is none."""
+
+    graph: fx.Graph | None
+    calls: dict[str, list[TracedCall]]
+    modules: dict[str, nn.Module]
+    failure: str | None = None
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The same module tree without data and without hooks, in train mode."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(_without_data(parameter), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = _without_data(buffer)
+    return _bare(copy.deepcopy(model, memo))
+
+
+def observe(model: nn.Module, example: Sequence[Tensor]) -> Observation:
+    """Watch one forward pass of a copy of the model, in train mode.
+
+    Args:
+        model: any module; it stays as it is.
+        example: its positional inputs; only shapes and types matter where the model runs on the meta device.
+
+    Returns:
+        The module calls, with links between them by identity of values.
+
+    Raises:
+        RefusalError: the model does not run on inputs of these shapes.
+    """
+    try:
+        return _Observer().watch(meta_copy(model), [_without_data(x) for x in example])
+    except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
+        real = _bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+        try:
+            with torch.random.fork_rng():
+                return _Observer().watch(real, [x.detach() for x in example])
+        except Exception as error:
+            raise RefusalError(
+                f"{type(model).__name__} does not run on an example of shape {[tuple(x.shape) for x in example]}: "
+                f"{error} (without data: {on_meta}). Give inputs that it accepts: plan(model, example=images)."
+            ) from error
+
+
+def trace(model: nn.Module, example: Sequence[Tensor]) -> Trace:
+    """Trace a copy of the model with torch.fx, down to the leaf modules of torch and timm.
+
+    Args:
+        model: any module; it stays as it is.
+        example: its positional inputs; every other argument is fixed to its default.
+
+    Returns:
+        The graph with the module calls in it, or the reason why tracing failed.
+    """
+    return _trace(meta_copy(model), set(range(len(example))))
+
+
+def trace_block(module: nn.Module, call: Call) -> Trace:
+    """Trace one block alone, for models that cannot be traced as a whole; its own call has the path "".
+
+    Args:
+        module: the block; it stays as it is.
+        call: how it was called.
+    """
+    return _trace(meta_copy(module), {i.argument for i in call.inputs})
+
+
+def _trace(bare: nn.Module, given: Collection[int | str]) -> Trace:
+    """Trace with timm's leaf layers; where that fails, also with its leaf blocks, which hide their own insides."""
+    parameters = list(inspect.signature(bare.forward).parameters.values())
+    fixed = {
+        p.name: p.default
+        for position, p in enumerate(parameters)
+        if p.default is not p.empty and position not in given and p.name not in given
+    }
+    failure = ""
+    for package in ("timm.layers", "timm"):
+        tracer = _ModuleTracer(package)
+        try:
+            graph = tracer.trace(bare, concrete_args=fixed or None)
+        except Exception as error:  # fx runs the model's own code on proxies: it may fail in any way
+            failure = failure or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            continue
+        nodes = list(graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        by_name = {p.name: node for p, node in zip(parameters, inputs, strict=False)}
+        tracer.calls[""] = [TracedCall("", tuple(inputs), by_name, nodes[-1].args[0])]
+        return Trace(graph, tracer.calls, dict(bare.named_modules()))
+    return Trace(None, {}, {}, failure)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()
+    return model.train()
+
+
+class _Observer:
+    """Notes calls, values and saved bytes while a model runs. Values stay alive, so that identities are not reused."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+        self._serials: dict[int, int] = {}
+        self._calls: list[Call] = []
+        self._open: list[tuple[int, int, tuple[TensorInput, ...]]] = []
+        self._started = 0
+        self._saved = 0
+        self._storages: set[int] = set()
+
+    def watch(self, model: nn.Module, example: list[Tensor]) -> Observation:
+        owned = [*model.parameters(), *model.buffers()]
+        self._storages = {t.untyped_storage()._cdata for t in owned}
+        handles = []
+        for path, module in model.named_modules():
+            if path:
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leaver(path), with_kwargs=True))
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(self._save, _unread):
+                model(*example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Observation(tuple(sorted(self._calls, key=lambda call: call.order)), self._saved)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = tuple(
+            TensorInput(argument, self._key(value), tuple(value.shape), value.dtype, False)
+            for argument, value in _arguments(args, kwargs)
+        )
+        self._open.append((self._started, self._saved, inputs))
+        self._started += 1
+
+    def _leaver(self, path: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            order, saved, before = self._open.pop()
+            now = [self._key(value) for _, value in _arguments(args, kwargs)]
+            inputs = tuple(
+                TensorInput(i.argument, i.key, i.shape, i.dtype, i.key != key)
+                for i, key in zip(before, now, strict=True)
+            )
+            one = isinstance(output, Tensor)
+            self._calls.append(
+                Call(
+                    path,
+                    type(module).__name__,
+                    order,
+                    inputs,
+                    self._key(output) if one else None,
+                    tuple(output.shape) if one else (),
+                    output.dtype if one else None,
+                    self._saved - saved,
+                )
+            )
+
+        return leave
+
+    def _key(self, tensor: Tensor) -> ValueKey:
+        if id(tensor) not in self._serials:
+            self._alive.append(tensor)
+            self._serials[id(tensor)] = len(self._alive)
+        return ValueKey(self._serials[id(tensor)], tensor._version)
+
+    def _save(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages.add(storage._cdata)
+            self._alive.append(tensor)
+            self._saved += storage.nbytes()
+
+
+def _unread(kept: None) -> Tensor:
+    raise RefusalError("the model ran a backward within its forward; revify cannot analyse that.")
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | str, Tensor]]:
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return ((argument, value) for argument, value in named if isinstance(value, Tensor))
+
+
+class _ModuleTracer(fx.Tracer):
+    """torch.fx's tracer, with timm's leaf layers and functions, that also notes every module call at every depth."""
+
+    def __init__(self, package: str) -> None:
+        from timm import layers  # here: importing timm takes seconds, and only tracing needs it
+
+        functions = tuple(layers.get_notrace_functions())
+        super().__init__(autowrap_functions=functions, param_shapes_constant=True)
+        self.calls: dict[str, list[TracedCall]] = {}
+        self._leaves = (
+            layers.DropPath,
+            *(kind for kind in layers.get_notrace_modules() if kind.__module__.startswith(package)),
+        )
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        output = super().call_module(m, forward, args, kwargs)
+        self.calls.setdefault(path, []).append(
+            TracedCall(
+                path,
+                tuple(_node(a) for a in args),
+                {name: _node(a) for name, a in kwargs.items()},
+                _node(output),
+            )
+        )
+        return output
+
+
+def _node(value: Any) -> Any:
+    return value.node if isinstance(value, fx.Proxy) else value
