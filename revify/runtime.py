@@ -155,13 +155,13 @@ class Tape:
 
     def observe(self, index: int, *values: Tensor) -> None:
         """Note how far step `index` went out on the grid."""
-        self._peaks += [(index, torch.linalg.vector_norm(v.detach(), float("inf"))) for v in values]
+        self._peaks += [(index, torch.stack(torch.aminmax(v.detach()))) for v in values]
 
     def check_range(self) -> None:
         """Refuse values outside of the range where the grid is exact."""
         if not self._peaks:
             return
-        peaks = torch.stack([peak for _, peak in self._peaks])
+        peaks = torch.stack([extremes for _, extremes in self._peaks]).abs().amax(dim=1)
         limit = self.rule.grid.limit(peaks.dtype)
         outside = ~(peaks < limit)
         if not bool(outside.any()):

@@ -148,24 +148,23 @@ def pack(residue: Tensor, bits: int) -> Tensor:
     flat = _flat(residue)
     parts, shift = [], 0
     for width in _widths(bits):
-        field = (flat >> shift) & (2**width - 1)
-        parts.append(_pack_field(field, width))
+        parts.append(_pack_field(flat if width == bits else (flat >> shift) & (2**width - 1), width))
         shift += width
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def unpack(packed: Tensor, bits: int, like: Tensor) -> Tensor:
     """The numbers that `pack` was given, uint8, in the shape and strides of `like`."""
-    count = like.numel()
-    flat = torch.zeros(count, dtype=torch.uint8, device=packed.device)
-    start, shift = 0, 0
-    for width in _widths(bits):
-        length = -(-count * width // 8)
-        field = _unpack_field(packed[start : start + length], width)[:count]
-        flat |= field << shift
-        start, shift = start + length, shift + width
     residue = torch.empty_like(like, dtype=torch.uint8)
-    _flat(residue).copy_(flat)
+    flat, start, shift = _flat(residue), 0, 0
+    for width in _widths(bits):
+        length = -(-flat.numel() * width // 8)
+        field = _unpack_field(packed[start : start + length], width)[: flat.numel()]
+        if shift:
+            flat |= field.bitwise_left_shift_(shift)
+        else:
+            flat.copy_(field)
+        start, shift = start + length, shift + width
     return residue
 
 
@@ -180,17 +179,21 @@ def _widths(bits: int) -> list[int]:
 
 
 def _pack_field(field: Tensor, width: int) -> Tensor:
+    """Put 8/width rows of the field over each other: whole rows, since kernels are fast on contiguous memory."""
     per_byte = 8 // width
     missing = -field.numel() % per_byte
     if missing:
         field = torch.nn.functional.pad(field, (0, missing))
-    columns = field.view(-1, per_byte)
-    packed = columns[:, 0].clone()
-    for column in range(1, per_byte):
-        packed |= columns[:, column] << (column * width)
+    rows = field.view(per_byte, -1)
+    packed = rows[0].clone()
+    for row in range(1, per_byte):
+        packed |= rows[row] << (row * width)
     return packed
 
 
 def _unpack_field(packed: Tensor, width: int) -> Tensor:
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> shifts) & (2**width - 1)).view(-1)
+    per_byte = 8 // width
+    rows = torch.empty(per_byte, packed.numel(), dtype=torch.uint8, device=packed.device)
+    for row in range(per_byte):
+        torch.bitwise_right_shift(packed, row * width, out=rows[row])
+    return rows.bitwise_and_(2**width - 1).view(-1)
