@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from revify.calibration import calibrate
 from revify.checkpoints import load, save
 from revify.conversion import convert, plan, revert
 from revify.errors import (
@@ -26,6 +27,7 @@ __all__ = [
     "ReplayError",
     "RevifyError",
     "StreamError",
+    "calibrate",
     "convert",
     "load",
     "measure",

@@ -99,7 +99,8 @@ def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Mo
         if counts[call.path] > 1 or call.output is None or not list(modules[call.path].children()):
             continue
         for stream in call.inputs:
-            if (stream.shape, stream.dtype) != (call.shape, call.dtype) or stream.key == call.output:
+            alike = (stream.shape, stream.dtype) == (call.shape, call.dtype)
+            if not alike or stream.changed or stream.key == call.output:
                 continue
             shortcut = _shortcut_of(call, stream, trace, modules[call.path])
             if shortcut is not None:
@@ -108,12 +109,17 @@ def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Mo
     return tuple(blocks)
 
 
-def explain(call: Call, count: int, block: ResidualBlock | None, concatenated: bool) -> Refusal:
+def explain(
+    call: Call, count: int, block: ResidualBlock | None, concatenated: bool, untraced: str | None
+) -> Refusal:
     """Why a module that looks like a block is not part of a stage."""
     if count > 1:
         return Refusal(call.path, f"is called {count} times in one forward pass", "give each call a module of its own")
     if call.output is None:
         return Refusal(call.path, "does not return one tensor", "checkpoint it")
+    if any(i.changed for i in call.inputs):
+        reason = "changes its input in place, which the backward would have to reconstruct"
+        return Refusal(call.path, reason, "make its first operation out of place (activations: inplace=False)")
     if block is not None:
         reason = "is a residual block, but neither the module before it nor the one after it continues its stream"
         return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
@@ -124,6 +130,9 @@ def explain(call: Call, count: int, block: ResidualBlock | None, concatenated: b
     if shapes and call.shape not in shapes:
         reason = f"changes the shape ({_sizes(shapes[0])} to {_sizes(call.shape)}): a transition"
         return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
+    if untraced:
+        reason = f"torch.fx cannot trace it ({untraced}), so it is not known whether it adds to its input"
+        return Refusal(call.path, reason, "checkpoint it, or write the operation so that it can be traced")
     reason = "no path of additions leads from its input to its output: it is no residual block"
     return Refusal(call.path, reason, "checkpoint it")
 

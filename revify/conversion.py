@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
+from revify.calibration import calibrate
 from revify.errors import RefusalError, RevifyError
 from revify.planning import Plan, group_reasons, make_plan
-from revify.predictors import PREDICTORS
+from revify.predictors import CALIBRATED, FIXED
 from revify.rewriting import apply_plan, remove_plan
 from revify.stream import MAX_BITS
 
@@ -72,8 +73,9 @@ def convert(
     example: Example = None,
     *,
     plan: Plan | None = None,
-    predictor: PredictorName = "identity",
-    bits: int = DEFAULT_BITS,
+    calibration: Tensor | Iterable[Any] | None = None,
+    predictor: PredictorName | None = None,
+    bits: int | Literal["auto"] | None = None,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "keep",
 ) -> nn.Module:
@@ -91,8 +93,10 @@ def convert(
         model: the plain model.
         example: as for `plan`.
         plan: do exactly this plan; the other options are then those of the plan.
-        predictor: as for `plan`.
-        bits: as for `plan`.
+        calibration: images for `calibrate`, which fits the predictors; a batch [n, …] or an iterable of batches.
+        predictor: "identity" (the default) or "midpoint"; with calibration one of `calibrate`'s, by default "auto".
+        bits: residue bits per element and step, 0…8, by default 4; with calibration also "auto", then the default: the
+            fewest per stage that keep the model's output.
         grid: as for `plan`.
         transitions: as for `plan`.
 
@@ -104,20 +108,38 @@ def convert(
         RevifyError: an option is out of its range.
 
     Reference:
-        Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of ../docs/method.md.
+        Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of docs/method.md.
     """
     _check_model(model)
+    fixed = _fixed_options(calibration is not None, predictor, bits)
     if plan is None:
-        plan = _plan(
-            model, example, predictor=predictor, bits=bits, grid=grid, transitions=transitions
-        )
+        plan = _plan(model, example, **fixed, grid=grid, transitions=transitions)
     if not plan.stages:
         reasons = "; ".join(f"{paths}: {reason}" for reason, paths in list(group_reasons(plan.refusals).items())[:4])
         raise RefusalError(
             f"{type(model).__name__} has no stage to convert: {reasons}. A stage is a run of at least two residual blocks of "
             "the same shape. Use gradient checkpointing for this model, or a residual one."
         )
-    return apply_plan(model, plan)
+    converted = apply_plan(model, plan)
+    if calibration is None:
+        return converted
+    return calibrate(converted, calibration, predictor=predictor or "auto", bits=bits if bits is not None else "auto")
+
+
+class _Fixed(TypedDict):
+    predictor: PredictorName
+    bits: int
+
+
+def _fixed_options(calibrated: bool, predictor: str | None, bits: int | str | None) -> _Fixed:
+    """What the plan starts from: a calibration sets its own predictors and bits."""
+    if calibrated:
+        return {"predictor": "identity", "bits": DEFAULT_BITS}
+    if predictor in CALIBRATED or predictor == "auto" or bits == "auto":
+        raise RevifyError(
+            f"predictor={predictor!r}, bits={bits!r}: this is fitted on images. Pass some: convert(model, calibration=images)."
+        )
+    return cast(_Fixed, {"predictor": predictor or "identity", "bits": DEFAULT_BITS if bits is None else bits})
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -154,8 +176,8 @@ _plan = plan  # `convert` has an argument of this name
 
 
 def _check_options(predictor: str, bits: int, grid: int, transitions: str) -> None:
-    if predictor not in PREDICTORS:
-        raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(PREDICTORS)}.")
+    if predictor not in FIXED:
+        raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(FIXED)}.")
     if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits <= MAX_BITS:
         raise RevifyError(f"bits={bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}.")
     if not isinstance(grid, int) or isinstance(grid, bool) or not 0 <= grid <= 20:
@@ -189,7 +211,8 @@ def _check_model(model: nn.Module) -> None:
 
 def _wrapper(model: nn.Module) -> str | None:
     """How a model is wrapped, by the classes of torch that do it; importing them all would take seconds."""
-    kinds = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("torch.")}
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind.__name__ for kind in classes if kind.__module__.startswith("torch.")}
     if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}:
         return "wrapped for parallel training (DDP, FSDP or DataParallel)"
     compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())

@@ -47,7 +47,7 @@ def _count_cuda(forward: Callable[[], Tensor], device: torch.device) -> Memory:
     before = torch.cuda.memory_allocated(device)
     result = forward()
     held = torch.cuda.memory_allocated(device) - before
-    result.backward()
+    torch.autograd.backward(result)
     torch.cuda.synchronize(device)
     return Memory(torch.cuda.max_memory_allocated(device) - before, held)
 
@@ -60,7 +60,7 @@ def _count_cpu(forward: Callable[[], Tensor]) -> Memory:
         result = forward()
         with record_function(_FORWARD_DONE):
             pass
-        result.backward()
+        torch.autograd.backward(result)
     kineto = record.profiler and record.profiler.kineto_results
     if kineto is None:
         raise RevifyError("measure: the profiler returned no events, so memory on the CPU cannot be counted.")

@@ -11,7 +11,6 @@ CPU: the profiler's allocation events, summed), above what was there when the st
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from revify.conversion import convert, revert
 from revify.conversion import plan as make_plan
+from revify.costs import Report, Row, describe
 from revify.counting import Memory, count_memory, wait
 from revify.errors import RevifyError
 from revify.planning import Plan
-from revify.reports import Report, Row, describe
 from revify.rewriting import share
 
 Batch = Tensor | tuple[Tensor, ...]
@@ -89,8 +88,8 @@ def measure(
     rows = [
         Row(
             text,
-            memory and memory.peak,
-            memory and memory.held,
+            memory.peak if memory else None,
+            memory.held if memory else None,
             statistics.median(times) if times else None,
             ratio,
         )
@@ -149,7 +148,7 @@ class _Step:
                 parameter.grad.zero_()
         wait(device)
         start = time.perf_counter()
-        self.forward().backward()
+        torch.autograd.backward(self.forward())
         wait(device)
         return time.perf_counter() - start
 
@@ -161,8 +160,6 @@ def _warm_memory(step: _Step) -> Memory | None:
         return count_memory(step.forward, step.inputs[0].device)
     except torch.OutOfMemoryError:
         return None
-    finally:
-        gc.collect()
 
 
 def _alternate(steps: list[_Step], memories: list[Memory | None], repeats: int) -> list[list[float]]:
@@ -191,19 +188,21 @@ def _forms(
         converted = convert(plain, plan=plan or make_plan(plain, inputs))
     used: Plan = converted.revify_plan  # type: ignore[assignment]  # nn.Module promises a Tensor or a Module
     rival = share(plain)
-    method = _checkpoint(rival, used)
+    method = checkpoint_blocks(rival, used)
     forms = [plain, rival, converted]
     if not model.training:
         for form in forms:
             form.train()
     blocks = sum(len(stage.blocks) for stage in used.stages)
     couplings = sorted({f"{stage.predictor}, {stage.bits} bits" for stage in used.stages})
-    made = f"{blocks} blocks in {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
+    made = (
+        f"{blocks} blocks, {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
+    )
     return forms, ["ordinary autograd", method, made]
 
 
-def _checkpoint(model: nn.Module, plan: Plan) -> str:
-    """Switch per-block checkpointing on; say which."""
+def checkpoint_blocks(model: nn.Module, plan: Plan) -> str:
+    """Switch per-block checkpointing on in a plain model, timm's where it has it; say which."""
     switch = getattr(model, "set_grad_checkpointing", None)
     if switch is not None:
         try:

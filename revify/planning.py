@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from revify.blocks import Refusal, ResidualBlock, concatenates, explain, find_blocks
 from revify.errors import RevifyError
-from revify.stages import Stage, group_stages
-from revify.tracing import Call, Observation, Trace, observe, trace
+from revify.stages import Stage, channel_axis, group_stages
+from revify.tracing import Call, Observation, Trace, observe, trace, trace_block
 
 FORMAT = 1
 
@@ -51,6 +51,10 @@ class StagePlan:
         stream_bytes: of one stream value.
         bits: residue bits per element and step, 0…8.
         predictor: of the previous stream value.
+        axis: which axis of the stream is the channels', None where that could not be found.
+        rank: of a low-rank predictor, else 0.
+        deviation: relative error of the model's output on the calibration data with the stages up to this one
+            converted, None where it was not measured.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -59,6 +63,9 @@ class StagePlan:
     stream_bytes: int
     bits: int
     predictor: str
+    axis: int | None = None
+    rank: int = 0
+    deviation: float | None = None
 
     @property
     def saved_bytes(self) -> int:
@@ -186,7 +193,7 @@ def make_plan(
         example=tuple(tuple(x.shape) for x in example),
         grid=grid,
         transitions=transitions,
-        stages=tuple(_stage_plan(stage, bits, predictor) for stage in stages),
+        stages=tuple(_stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages),
         checkpointed=_transitions(observation, stages) if stages and transitions == "checkpoint" else (),
         refusals=_refusals(observation, graph, blocks, stages, modules),
         saved_bytes=observation.saved_bytes,
@@ -194,7 +201,7 @@ def make_plan(
     )
 
 
-def _stage_plan(stage: Stage, bits: int, predictor: str) -> StagePlan:
+def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> StagePlan:
     call = stage.blocks[0].call
     return StagePlan(
         blocks=tuple(
@@ -206,6 +213,7 @@ def _stage_plan(stage: Stage, bits: int, predictor: str) -> StagePlan:
         stream_bytes=stage.stream_bytes,
         bits=bits,
         predictor=predictor,
+        axis=axis,
     )
 
 
@@ -255,14 +263,19 @@ def _refusals(
         counts[call.path] = counts.get(call.path, 0) + 1
     refused: dict[str, Refusal] = {}
     for call in observation.calls:
-        looks_like_block = call.path in residual or (_in_sequence(call, modules) and list(modules[call.path].children()))
+        reused = counts[call.path] > 1 and any(i.shape == call.shape for i in call.inputs)
+        candidate = (reused or _in_sequence(call, modules)) and list(modules[call.path].children())
+        looks_like_block = call.path in residual or candidate
         covered = call.path in inside | above or any(parent in inside | set(refused) for parent in _parents(call.path))
         if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
             within = _nodes_within(call, graph)
-            refused[call.path] = explain(call, counts[call.path], residual.get(call.path), concatenates(within))
-    if not stages and not blocks:
+            untraced = trace_block(modules[call.path], call).failure if graph.failure else None
+            refused[call.path] = explain(
+                call, counts[call.path], residual.get(call.path), concatenates(within), untraced
+            )
+    if not stages and not refused:
         nothing = "no module adds its input to its output: there is no residual block in it"
-        refused = {"": Refusal("", nothing, "use gradient checkpointing"), **refused}
+        refused[""] = Refusal("", nothing, "use gradient checkpointing")
     return tuple(refused.values())
 
 
@@ -307,7 +320,7 @@ def _table(plan: Plan) -> str:
     table = Table(box=box.SIMPLE_HEAD, title=f"{name}, input {shapes}", title_justify="left")
     for column in ("stage", "blocks", "shape", "shortcut", "predictor"):
         table.add_column(column)
-    for column in ("bits", "saved MiB", "share"):
+    for column in ("bits", "deviation", "saved MiB", "share"):
         table.add_column(column, justify="right")
     for number, stage in enumerate(plan.stages):
         first, last = stage.blocks[0], stage.blocks[-1]
@@ -316,8 +329,9 @@ def _table(plan: Plan) -> str:
             f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind})",
             "×".join(map(str, stage.shape[1:])),
             ", ".join(sorted({b.shortcut for b in stage.blocks})),
-            stage.predictor,
+            f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor,
             str(stage.bits),
+            "–" if stage.deviation is None else f"{stage.deviation:.4f}",
             f"{stage.saved_bytes / 2**20:.1f}",
             f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",
         )

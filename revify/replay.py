@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revify.errors import StreamError
+from revify.predictors import PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class SideInputs:
         return cls(
             tuple(leaf.detach() if is_tensor else leaf for leaf, is_tensor in zip(leaves, tensor, strict=True)),
             tuple(is_tensor and leaf.requires_grad for leaf, is_tensor in zip(leaves, tensor, strict=True)),
-            tuple(leaf._version if is_tensor else None for leaf, is_tensor in zip(leaves, tensor, strict=True)),
+            tuple(version(leaf) if is_tensor else None for leaf, is_tensor in zip(leaves, tensor, strict=True)),
             spec,
         )
 
@@ -107,9 +108,9 @@ class SideInputs:
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) for a second run, cut off from the graph of the first."""
         fresh = []
-        for leaf, needs_grad, version in zip(self.leaves, self.needs_grad, self.versions, strict=True):
+        for leaf, needs_grad, before in zip(self.leaves, self.needs_grad, self.versions, strict=True):
             if isinstance(leaf, Tensor):
-                if leaf._version != version:
+                if version(leaf) != before:
                     raise StreamError(
                         f"a side input of shape {tuple(leaf.shape)} was changed in place between forward and backward; "
                         "the block cannot be run again as it ran. Work on a clone of it."
@@ -118,6 +119,11 @@ class SideInputs:
             fresh.append(leaf)
         args, kwargs = pytree.tree_unflatten(fresh, self.spec)
         return args, kwargs
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; inference tensors do not count it, and no backward needs them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
@@ -164,13 +170,18 @@ def _modes(module: nn.Module, training: tuple[bool, ...]) -> Iterator[None]:
             part.training = mode
 
 
+def _may_change(name: str) -> bool:
+    """Buffers of a forecast are fixed, and as large as a layer's weights: no need for copies."""
+    return not name.startswith(PREFIX)
+
+
 @contextmanager
 def _spare_buffers(module: nn.Module) -> Iterator[None]:
     """Let the body read and update copies of the buffers; the module has its own back afterwards."""
     owners = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
     try:
         for part, buffers in owners:
-            part._buffers.update({n: b.clone() if b is not None else None for n, b in buffers.items()})
+            part._buffers.update({n: b.clone() for n, b in buffers.items() if b is not None and _may_change(n)})
         yield
     finally:
         for part, buffers in owners:

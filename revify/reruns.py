@@ -1,8 +1,7 @@
 """A module call whose saved tensors are dropped in forward and had again, by a second run, in backward.
 
 Autograd's graph is real; only what it saved is gone. Forward: every tensor that autograd saves is exchanged for a
-placeholder (parameters, buffers and side inputs pass through: they live anyway, and autograd goes on checking their
-versions). Backward: the first placeholder that is asked for makes the owner run the module again, under hooks that
+placeholder (parameters, buffers and side inputs pass through: they live anyway). Backward: the first placeholder that is asked for makes the owner run the module again, under hooks that
 catch the same tensors in the same order. Each is handed out once and then forgotten; asked for again (a second
 backward), it is made again.
 """
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revify.errors import ReplayError
-from revify.replay import Conditions, SideInputs
+from revify.errors import ReplayError, StreamError
+from revify.replay import Conditions, SideInputs, version
 
 LIKELY_CAUSES = (
     "Likely causes: a non-deterministic kernel (torch.use_deterministic_algorithms(True) finds it), another "
@@ -65,7 +64,8 @@ class Rerun:
         self._side = side
         self._conditions: Conditions | None = None
         self._saves = 0
-        self._caught: dict[int, Tensor] = {}
+        self._parameters: list[tuple[nn.Parameter, int]] = []
+        self._caught: dict[int, tuple[Tensor, int]] = {}
 
     def first(self, call: Callable[[], Any], device: torch.device, load: Callable[[], None]) -> Any:
         """Run the module in forward, saving nothing.
@@ -80,6 +80,7 @@ class Rerun:
         """
         parts = [*self._module.parameters(), *self._module.buffers(), *self._side.tensors()]
         living = {_address(part) for part in parts} - {0}
+        self._parameters = [(parameter, version(parameter)) for parameter in self._module.parameters()]
 
         def drop(tensor: Tensor) -> Tensor | Placeholder:
             index, self._saves = self._saves, self._saves + 1
@@ -102,11 +103,12 @@ class Rerun:
             What the module returned.
         """
         assert self._conditions is not None  # `first` comes first: an invariant, not a check of user input
+        self._check_parameters()
         args, kwargs = self._side.again()
-        caught: list[Tensor] = []
+        caught: list[tuple[Tensor, int]] = []
 
         def keep(tensor: Tensor) -> None:
-            caught.append(tensor.detach())
+            caught.append((tensor.detach(), version(tensor)))
 
         hooks: AbstractContextManager[None] = saved_tensors_hooks(keep if catch else _forget, _unreadable)
         with self._conditions.restored(), hooks:
@@ -128,13 +130,27 @@ class Rerun:
         """The tensor that the placeholder stands for."""
         if placeholder.index not in self._caught:
             placeholder.load()
-        tensor = self._caught.pop(placeholder.index)
+        tensor, before = self._caught.pop(placeholder.index)
+        if version(tensor) != before:
+            raise StreamError(
+                f"{self.name}: a tensor of shape {tuple(tensor.shape)} that its backward needs was changed in place within "
+                "the block, which ordinary autograd refuses, too. Use the out-of-place operation."
+            )
         if (tensor.shape, tensor.dtype) != (placeholder.shape, placeholder.dtype):
             raise ReplayError(
                 f"{self.name} saved a {placeholder.dtype} tensor of shape {tuple(placeholder.shape)} in its first run "
                 f"and a {tensor.dtype} tensor of shape {tuple(tensor.shape)} when run again. {LIKELY_CAUSES}"
             )
         return tensor
+
+    def _check_parameters(self) -> None:
+        """Autograd checks no versions of tensors that went through hooks, so this does."""
+        for parameter, before in self._parameters:
+            if version(parameter) != before:
+                raise StreamError(
+                    f"{self.name}: a parameter of shape {tuple(parameter.shape)} was changed in place between forward and "
+                    "backward, so the block cannot be run again as it ran. Call optimizer.step() after backward()."
+                )
 
 
 def _fetch(kept: Tensor | Placeholder) -> Tensor:

@@ -7,14 +7,15 @@ of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from revify.checkpointing import Checkpointed
 from revify.errors import RefusalError
 from revify.planning import Plan, StagePlan
-from revify.predictors import PREDICTORS
+from revify.predictors import CALIBRATED, blank_forecast, drop_forecast, hold_forecast, make_predictor
 from revify.runtime import StageRule, Step
 from revify.stream import Grid
 
@@ -30,12 +31,20 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    forecasts: Mapping[str, dict[str, Tensor]] | None = None,
+    trainable: bool = False,
+) -> nn.Module:
     """Do what the plan says to a copy of the model that shares its parameters and buffers.
 
     Args:
         model: the plain model, which stays as it is.
         plan: made for this architecture.
+        forecasts: what was fitted for calibrated predictors, by block path; without it they start as q = z.
+        trainable: hold the forecasts as parameters.
 
     Returns:
         The converted model.
@@ -46,7 +55,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     _check_fits(model, plan)
     converted = share(model)
     for stage in plan.stages:
-        _install(converted, stage, plan.grid)
+        _install(converted, stage, plan.grid, forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
         module = converted.get_submodule(checkpoint.path)
         module.forward = Checkpointed(module, checkpoint.path)
@@ -60,15 +69,30 @@ def remove_plan(model: nn.Module) -> nn.Module:
     for module in plain.modules():
         if isinstance(module.__dict__.get("forward"), Step | Checkpointed):
             del module.forward
+            drop_forecast(module)
     del plain.revify_plan
     return plain
 
 
-def _install(model: nn.Module, stage: StagePlan, resolution: int) -> None:
-    rule = StageRule(tuple(block.path for block in stage.blocks), stage.bits, Grid(resolution))
+def _install(
+    model: nn.Module,
+    stage: StagePlan,
+    resolution: int,
+    forecasts: Mapping[str, dict[str, Tensor]],
+    trainable: bool,
+) -> None:
+    grid = Grid(resolution)
+    rule = StageRule(tuple(block.path for block in stage.blocks), stage.bits, grid)
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)
-        module.forward = Step(module, rule, index, PREDICTORS[stage.predictor](), block.stream)
+        if index > 0 and stage.predictor in CALIBRATED:
+            assert stage.axis is not None  # only stages with a known axis are calibrated
+            like = next(module.parameters())
+            tensors = forecasts.get(block.path) or blank_forecast(
+                stage.predictor, stage.shape[stage.axis], stage.rank, like
+            )
+            hold_forecast(module, tensors, trainable=trainable)
+        module.forward = Step(module, rule, index, make_predictor(stage.predictor, module, stage.axis, grid), block.stream)
 
 
 def _check_fits(model: nn.Module, plan: Plan) -> None:

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from revify.errors import GridRangeError, ReplayError, StreamError
 from revify.predictors import Predictor
-from revify.replay import SideInputs
+from revify.replay import SideInputs, version
 from revify.reruns import LIKELY_CAUSES, Rerun
 from revify.stream import Gap, Grid, Join, OnGrid, step, unstep
 
@@ -96,7 +97,7 @@ class Value:
     version: int | None
 
     def checked(self, name: str) -> Tensor:
-        if self.version is not None and self.values._version != self.version:
+        if self.version is not None and version(self.values) != self.version:
             raise StreamError(
                 f"the output of {name} was changed in place after the block had returned it; the inputs before it "
                 "cannot be reconstructed from the changed values. Use the out-of-place operation, or clone() first."
@@ -112,15 +113,17 @@ class Entry:
         block: the step's module and coupling.
         rerun: its second run.
         needs_grad: whether z[k] had a gradient.
-        residue: the packed bits, None where b = 0 or while the tape stands before this step.
         stride: of z[k], which its reconstruction must have too: kernels depend on it.
+        checksum: of z[k].
+        residue: the packed bits, None where b = 0 or while the tape stands before this step.
     """
 
     block: Step
     rerun: Rerun
     needs_grad: bool
-    residue: Tensor | None
     stride: tuple[int, ...]
+    checksum: Tensor
+    residue: Tensor | None = None
 
 
 class Tape:
@@ -133,29 +136,35 @@ class Tape:
         self._position = 0  # k of (z[k], z[k+1])
         self._older: Value | None = None
         self._newer: Value | None = None
-        self._checksum: Tensor | None = None
+        self._first_output: Tensor | None = None  # checksum of T(z) at the first step, behind which nothing is known
         self._loaded: Rerun | None = None
         self._peaks: list[tuple[int, Tensor]] = []
+        self._repeats: list[tuple[int, Tensor]] = []
 
     # Forward
+
+    def continues_at(self, index: int) -> bool:
+        """Whether step `index` follows on what was recorded: not after blocks that ran without gradients."""
+        return not self._entries or index - 1 in self._entries
 
     def append(self, index: int, z: Tensor, entry: Entry) -> None:
         """Step `index` is about to run on z."""
         if not self._entries:
             self._first = index
-            self._checksum = _checksum(z)
-            self._newer = Value(z.detach(), z._version)
+            self._newer = Value(z.detach(), version(z))
         self._entries[index] = entry
 
-    def advance(self, index: int, value: Tensor, residue: Tensor | None) -> None:
-        """Step `index` has given z[index+1] = value."""
+    def advance(self, index: int, t: Tensor, value: Tensor, residue: Tensor | None) -> None:
+        """Step `index` has given T(z[index]) = t and z[index+1] = value."""
+        if index == self._first:
+            self._first_output = _checksum(t)
         self._entries[index].residue = residue
-        self._older, self._newer = self._newer, Value(value.detach(), value._version)
+        self._older, self._newer = self._newer, Value(value.detach(), version(value))
         self._position = index
 
     def observe(self, index: int, *values: Tensor) -> None:
         """Note how far step `index` went out on the grid."""
-        self._peaks += [(index, torch.stack(torch.aminmax(v.detach()))) for v in values]
+        self._peaks += [(index, torch.stack(torch.aminmax(v.detach()))) for v in values if v.numel()]
 
     def check_range(self) -> None:
         """Refuse values outside of the range where the grid is exact."""
@@ -198,6 +207,11 @@ class Tape:
             self._wind_to(index)
             self._loaded = self._entries[index].rerun
             self._back(index, catch=True)
+        check = partial(_check_repeats, self.rule.names, self._repeats)  # without the tape, which is to be freed
+        if torch._C._current_graph_task_id() >= 0:  # checking now would make the device wait at every block
+            Variable._execution_engine.queue_callback(check)
+        else:
+            check()
 
     def _wind_to(self, index: int) -> None:
         while self._position > index:
@@ -211,8 +225,7 @@ class Tape:
         older, newer = self._ends()
         forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
         if index == self._first:
-            if index == 0 and not torch.equal(newer, t):
-                raise self._not_repeated(f"{entry.rerun.name} returned other values when it was run again")
+            self._compare(index, t, self._first_output)
             return
         gap = unstep(newer, t, entry.residue, self.rule.bits, self.rule.grid)
         del newer, t
@@ -223,8 +236,7 @@ class Tape:
         previous = _with_strides(gap, self._entries[index - 1].stride)
         self._newer, self._older = self._older, Value(previous, None)
         self._position = index - 1
-        if index - 1 == self._first and not torch.equal(_checksum(previous), self._checksum):
-            raise self._not_repeated("the reconstructed input of the stage is not the one that came in")
+        self._compare(index, previous, self._entries[index - 1].checksum)
 
     def _forth(self, index: int) -> None:
         """From (z[k-1], z[k]) to (z[k], z[k+1]), k = index: only a second backward needs this."""
@@ -245,12 +257,10 @@ class Tape:
         older_name = self.rule.names[max(self._position - 1, 0)]
         return self._older.checked(older_name), self._newer.checked(self.rule.names[self._position])
 
-    def _not_repeated(self, what: str) -> ReplayError:
-        first, last = self.rule.names[0], self.rule.names[-1]
-        return ReplayError(
-            f"stage {first} … {last}: {what}, so a block did not repeat itself and the gradients just computed are wrong: "
-            f"discard them. {LIKELY_CAUSES}"
-        )
+    def _compare(self, index: int, values: Tensor, checksum: Tensor | None) -> None:
+        """Note whether what the second run of step `index` gave has the checksum it should have."""
+        assert checksum is not None  # invariant: the step ran
+        self._repeats.append((index, _checksum(values) != checksum))
 
 
 class Step:
@@ -277,32 +287,39 @@ class Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
         x, side = self._split(args, kwargs)
         tape, z, older = self._take(x)
+        if not tape.continues_at(self.index):
+            tape = Tape(self.rule)
         branch_dtype = z.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         value = self._step(tape, z, older, side, branch_dtype)
         visible = value.to(branch_dtype)
         if self.index + 1 < len(self.rule.names):
             newest = None if visible is value else value
-            visible.revify_link = Link(tape, self.index + 1, z, newest, visible._version)  # type: ignore[attr-defined]
+            visible.revify_link = Link(tape, self.index + 1, z, newest, version(visible))  # type: ignore[attr-defined]
         else:
             tape.check_range()
         return visible
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
         """The stream tensor, and the arguments with a hole where it was."""
-        if isinstance(self.stream, int):
+        x: Any = None  # Any: a caller may pass anything
+        if isinstance(self.stream, int) and self.stream < len(args):
             x = args[self.stream]
             args = (*args[: self.stream], None, *args[self.stream + 1 :])
-        else:
+        elif isinstance(self.stream, str) and self.stream in kwargs:
             x, kwargs = kwargs[self.stream], {**kwargs, self.stream: None}
         if not isinstance(x, Tensor):
-            raise StreamError(f"{self.name}: expected a tensor as its input {self.stream!r}, got {type(x).__name__}.")
+            where = f"argument {self.stream}" if isinstance(self.stream, int) else f"keyword {self.stream!r}"
+            raise StreamError(
+                f"{self.name}: expected its stream, a tensor, as {where}, got {type(x).__name__}. Call the block as it "
+                "was called when the model was converted."
+            )
         return x, (args, kwargs)
 
     def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
         """The tape of this forward pass, z[k] and z[k-1]."""
         link: Link | None = x.__dict__.pop("revify_link", None)
-        if link is None and x._base is not None and x._base.data_ptr() == x.data_ptr() and x._base.shape == x.shape:
-            link = x._base.__dict__.pop("revify_link", None)  # FSDP hands on an alias of the value
+        if link is None and x._base is not None and _same_place(x, x._base):
+            link = x._base.__dict__.pop("revify_link", None)  # FSDP and backward hooks hand on an alias
         if link is not None and (link.tape.rule is not self.rule or link.index != self.index):
             came_from = link.tape.rule.names[link.index - 1]
             raise StreamError(
@@ -319,7 +336,7 @@ class Step:
                 "operation, or a hook that returns a new tensor), or blocks were skipped, repeated or called alone. "
                 "Remove it, or convert the model as it is called now; revify.revert gives the plain blocks back."
             )
-        if x._version != link.version:
+        if version(x) != link.version:
             raise StreamError(
                 f"{self.name}: the output of {previous} was changed in place on its way here. Use an out-of-place "
                 "operation inside of the blocks, or convert the model as it is called now."
@@ -334,7 +351,7 @@ class Step:
         recorded = saves_nothing()
         if recorded:
             rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, branch_dtype, *args), kwargs))
-            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, None, z.stride()))
+            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, z.stride(), _checksum(z)))
             gap, t, late = rerun.first(
                 lambda: self._branch(z, older, branch_dtype, *args, **kwargs),
                 z.device,
@@ -350,7 +367,7 @@ class Step:
                 tape.observe(self.index, gap.detach() - late.detach())
         tape.observe(self.index, value)
         if recorded:
-            tape.advance(self.index, value, residue)
+            tape.advance(self.index, t, value, residue)
         return value
 
     def _branch(
@@ -365,12 +382,12 @@ class Step:
             args = (*args[: self.stream], z.to(branch_dtype), *args[self.stream + 1 :])
         else:
             kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
-        version = z._version
+        before = version(z)
         outputs = type(self.block).forward(self.block, *args, **kwargs)
         if not isinstance(outputs, Tensor) or outputs.shape != z.shape:
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise StreamError(f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}.")
-        if z._version != version:
+        if version(z) != before:
             raise StreamError(
                 f"{self.name} changes its input in place, so the stream cannot go through it. Make the first operation "
                 "of the block an out-of-place one (for activations inplace=False) before converting."
@@ -382,6 +399,24 @@ class Step:
         """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""
         forecast, t, late = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
         return forecast.detach(), t.detach(), None if late is None else late.detach()
+
+
+def _check_repeats(names: tuple[str, ...], repeats: list[tuple[int, Tensor]]) -> None:
+    """Refuse gradients from blocks that did not repeat themselves; `repeats` is empty afterwards."""
+    if not repeats:
+        return
+    different = torch.stack([differs for _, differs in repeats]).tolist()
+    indices = [index for index, _ in repeats]
+    repeats.clear()
+    if any(different):
+        raise ReplayError(
+            f"{names[indices[different.index(True)]]} returned other values when it was run again in backward, so the "
+            f"gradients just computed are wrong: discard them. {LIKELY_CAUSES}"
+        )
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 def _checksum(z: Tensor) -> Tensor:

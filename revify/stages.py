@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from torch import nn
+
 from revify.blocks import ResidualBlock
-from revify.tracing import Trace, ValueKey
+from revify.tracing import Observation, Trace, ValueKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,36 @@ def group_stages(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage
         if run.benefit > 0 and not any(_nested(block.call.path, path) for block in run.blocks for path in paths):
             chosen.append(run)
     return tuple(sorted(chosen, key=lambda stage: stage.blocks[0].call.order))
+
+
+def channel_axis(stage: Stage, observation: Observation, modules: dict[str, nn.Module]) -> int | None:
+    """Which axis of a stage's stream holds the channels, by the first layer in it that treats channels apart.
+
+    Args:
+        stage: the stage.
+        observation: its forward pass.
+        modules: the model's modules by path.
+
+    Returns:
+        The axis counted from the front, or None where no layer tells.
+    """
+    within = tuple(block.call.path + "." for block in stage.blocks)
+    shape = stage.blocks[0].call.shape
+    for call in observation.calls:
+        if call.path.startswith(within) and any(i.shape == shape for i in call.inputs):
+            axis = _axis_of(modules[call.path], shape)
+            if axis is not None:
+                return axis
+    return None
+
+
+def _axis_of(layer: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Where a layer expects the channels of an input of this shape."""
+    in_front = isinstance(layer, nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    if in_front or type(layer).__name__.endswith("Norm2d"):
+        return 1
+    width = getattr(layer, "in_features", None) or getattr(layer, "normalized_shape", (None,))[-1]
+    return len(shape) - 1 if width == shape[-1] else None
 
 
 def _runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> list[Stage]:

@@ -121,6 +121,7 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor 
 
     Returns:
         z[k+1], same shape, and ceil(b·n/8) bytes (a few more where b is no power of two), or None at 0 bits.
+        The bytes follow the memory order of t, which the inverse has, too.
     """
     with torch.no_grad():
         if bits == 0:
@@ -128,7 +129,7 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor 
         points = gap * grid.scale
         kept = points * 2.0**-bits
         kept.floor_()
-        residue = points.sub_(kept, alpha=2.0**bits).to(torch.uint8)
+        residue = torch.empty_like(t, dtype=torch.uint8).copy_(points.sub_(kept, alpha=2.0**bits))
         del points
         value = torch.add(t, kept.mul_(1 / grid.scale))
         return value, pack(residue, bits)
@@ -139,7 +140,7 @@ def unstep(value: Tensor, t: Tensor, residue: Tensor | None, bits: int, grid: Gr
     with torch.no_grad():
         gap = value - t
         if residue is not None:
-            gap.mul_(2.0**bits).add_(unpack(residue, bits, gap), alpha=1 / grid.scale)
+            gap.mul_(2.0**bits).add_(unpack(residue, bits, t), alpha=1 / grid.scale)
         return gap
 
 
@@ -184,7 +185,7 @@ def _pack_field(field: Tensor, width: int) -> Tensor:
     missing = -field.numel() % per_byte
     if missing:
         field = torch.nn.functional.pad(field, (0, missing))
-    rows = field.view(per_byte, -1)
+    rows = field.view(per_byte, field.numel() // per_byte)
     packed = rows[0].clone()
     for row in range(1, per_byte):
         packed |= rows[row] << (row * width)

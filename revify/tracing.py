@@ -127,11 +127,13 @@ def observe(model: nn.Module, example: Sequence[Tensor]) -> Observation:
         RefusalError: the model does not run on inputs of these shapes.
     """
     try:
-        return _Observer().watch(meta_copy(model), [_without_data(x) for x in example])
+        with torch.random.fork_rng(devices=[]):  # a model may draw numbers that do not depend on its input
+            return _Observer().watch(meta_copy(model), [_without_data(x) for x in example])
     except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
         real = _bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+        devices = {x.device for x in (*example, *model.parameters()) if x.device.type == "cuda"}
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=sorted(devices, key=str)):
                 return _Observer().watch(real, [x.detach() for x in example])
         except Exception as error:
             raise RefusalError(
@@ -175,7 +177,8 @@ def _trace(bare: nn.Module, given: Collection[int | str]) -> Trace:
     for package in ("timm.layers", "timm"):
         tracer = _ModuleTracer(package)
         try:
-            graph = tracer.trace(bare, concrete_args=fixed or None)
+            with torch.random.fork_rng(devices=[]):
+                graph = tracer.trace(bare, concrete_args=fixed or None)
         except Exception as error:  # fx runs the model's own code on proxies: it may fail in any way
             failure = failure or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             continue

@@ -1,8 +1,7 @@
 """Intervals: where the values of a formula can lie, to tell a factor that can be zero from one that cannot.
 
-An `Interval` answers to +, −, ·, /, exp, tanh and sigmoid like a tensor does, so the bounds of a formula are found
-by running it on intervals. The ends are rounded to nearest, not outwards: they judge float32 factors, which leaves
-29 bits to spare.
+An `Interval` has +, −, ·, /, exp, tanh, sigmoid like a tensor, so running a formula on intervals bounds all
+its values. The ends are rounded to nearest, not outwards: they are float64, and judge factors of float32.
 Reference: Moore 1966, Interval Analysis.
 """
 
@@ -23,8 +22,8 @@ class Interval:
 
     @property
     def invertible(self) -> bool:
-        """Whether one can divide by every number in it, in float32: none is zero, none under- or overflows."""
-        return SMALLEST <= self.low and self.high <= LARGEST or -LARGEST <= self.low and self.high <= -SMALLEST
+        """Whether float32 can divide by every number in it: none is zero, none under- or overflows."""
+        return any(side.low >= SMALLEST and side.high <= LARGEST for side in (self, -self))
 
     def __add__(self, other: Interval | float) -> Interval:
         other = interval(other)

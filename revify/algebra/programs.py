@@ -3,51 +3,54 @@
     y1 = x1 + F(x2)      →      Call   v1 = F(x2)
                                 Apply  y1 = x1 + v1
 
-Every value has a name and is computed once. A formula and its inverse share the names: what is `v1` on the way
-forward is `v1` on the way back, so whatever was kept for a value on the one way is found on the other.
+Every value has a name and is computed once. A formula and its inverse share the names: what is `v1` on the
+way forward is `v1` on the way back, so what was kept for a value on the one way is found on the other.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from operator import add, methodcaller, mul, neg, sub, truediv
 from typing import Any
+
+import torch
 
 from revify.errors import RevifyError
 
 
 class Op(Enum):
-    """An elementary operation: how it prints, and how tightly it binds."""
+    """An elementary operation: the template of its text, how tightly that binds, and what it computes.
 
-    SAME = "{}", 3
-    ADD = "{} + {}", 1
-    SUBTRACT = "{} − {}", 1
-    NEGATE = "−{}", 1
-    MULTIPLY = "{}·{}", 2
-    DIVIDE = "{} / {}", 2
-    EXP = "exp({})", 3
-    TANH = "tanh({})", 3
-    SIGMOID = "sigmoid({})", 3
+    It computes with tensors, numbers, or anything else that has these operators.
+    """
 
-    def __call__(self, *operands: Any) -> Any:
-        """The operation on tensors, numbers, or anything else that has these operators."""
-        return COMPUTE[self](*operands)
+    SAME = "{}", 3, lambda value: value
+    ADD = "{} + {}", 1, operator.add
+    SUBTRACT = "{} − {}", 1, operator.sub
+    NEGATE = "−{}", 1, operator.neg
+    MULTIPLY = "{}·{}", 2, operator.mul
+    DIVIDE = "{} / {}", 2, operator.truediv
+    EXP = "exp({})", 3, operator.methodcaller("exp")
+    TANH = "tanh({})", 3, operator.methodcaller("tanh")
+    SIGMOID = "sigmoid({})", 3, operator.methodcaller("sigmoid")
 
+    template: str
+    tightness: int
+    compute: Callable[..., Any]  # Any: see above
 
-COMPUTE: Mapping[Op, Callable[..., Any]] = {  # Any: tensors, numbers and intervals alike
-    Op.SAME: lambda value: value,
-    Op.ADD: add,
-    Op.SUBTRACT: sub,
-    Op.NEGATE: neg,
-    Op.MULTIPLY: mul,
-    Op.DIVIDE: truediv,
-    Op.EXP: methodcaller("exp"),
-    Op.TANH: methodcaller("tanh"),
-    Op.SIGMOID: methodcaller("sigmoid"),
-}
+    def __new__(cls, template: str, tightness: int, compute: Callable[..., Any]) -> Op:
+        op = object.__new__(cls)
+        op._value_ = op.template = template  # by which it is pickled
+        op.tightness, op.compute = tightness, compute
+        return op
+
+    @property
+    def arity(self) -> int:
+        """How many operands it takes."""
+        return self.template.count("{}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +61,42 @@ class Constant:
     value: float
 
 
+def number(value: float) -> Constant:
+    """A number that is its own letter."""
+    text = f"{value:g}"
+    return Constant(f"(−{text[1:]})" if value < 0 else text, float(value))
+
+
+def fold(op: Op, *constants: Constant) -> Constant:
+    """An operation on constants is a constant, whose letter is its formula."""
+    value = op.compute(*(torch.tensor(constant.value, dtype=torch.float64) for constant in constants))
+    return Constant(f"({op.template.format(*(constant.text for constant in constants))})", float(value))
+
+
 Operand = str | Constant  # the name of a value, or a number
+Values = Mapping[str, Any]  # Any: tensors as a rule, intervals when a program is analysed
+Branches = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`results = branch(operands)`; where a branch gives one value, `results` has one name."""
+    """`results = branch(operands)`; a branch that gives one value has one result."""
 
     results: tuple[str, ...]
     branch: str
     operands: tuple[Operand, ...]
 
-    def execute(self, values: Mapping[str, Any], branches: Mapping[str, Callable[..., Any]]) -> tuple[Any, ...]:
-        """The results, in order, from the values named so far."""
-        result = branches[self.branch](*_look_up(self.operands, values))
-        if len(self.results) == 1:
-            return (result,)
-        if not isinstance(result, tuple | list) or len(result) != len(self.results):
+    def execute(self, values: Values, branches: Branches) -> tuple[Any, ...]:
+        """The results, from the values so far."""
+        given = branches[self.branch](*_look_up(self.operands, values))
+        count, several = len(self.results), isinstance(given, tuple | list)
+        if several != (count > 1) or (several and len(given) != count):
+            found = f"a tuple of {len(given)}" if several else f"a {type(given).__name__}"
             raise RevifyError(
-                f"Branch {self.branch} gave {_describe(result)} where the coupling unpacks {len(self.results)} values "
-                f"({', '.join(self.results)}): return a tuple of {len(self.results)} tensors from it."
+                f"Branch {self.branch} gave {found} where the coupling takes {', '.join(self.results)}: pass "
+                f"one that returns {'one tensor' if count == 1 else f'a tuple of {count} tensors'}."
             )
-        return tuple(result)
+        return tuple(given) if several else (given,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +104,7 @@ class Apply:
     """`result = op(operands)`.
 
     Attributes:
-        undoes: in an inverse, the value whose definition was solved for `result`; None where the instruction is
-            the same as in the formula.
+        undoes: in an inverse, the value whose definition this solves for `result`; else None.
     """
 
     result: str
@@ -98,11 +114,12 @@ class Apply:
 
     @property
     def results(self) -> tuple[str, ...]:
+        """The one result, as for a `Call`."""
         return (self.result,)
 
-    def execute(self, values: Mapping[str, Any], branches: Mapping[str, Callable[..., Any]]) -> tuple[Any, ...]:
-        """The result, from the values named so far."""
-        return (self.op(*_look_up(self.operands, values)),)
+    def execute(self, values: Values, branches: Branches) -> tuple[Any, ...]:
+        """The result, from the values so far."""
+        return (self.op.compute(*_look_up(self.operands, values)),)
 
 
 Instruction = Call | Apply
@@ -112,13 +129,13 @@ Instruction = Call | Apply
 class Program:
     """Instructions that lead from the inputs to the outputs.
 
-    Calling it runs it: `program(*inputs, *branches)` gives the outputs. A runtime that wants to do more at each
-    instruction (record gradients around a branch, keep residue bits) walks over `instructions` itself.
+    `program(*inputs, *branches)` gives the outputs. A runtime that does more at an instruction (record
+    gradients around a branch, keep the residue of a product) goes through `instructions` itself.
 
     Attributes:
         inputs: names of the streams that go in.
         branches: names of the branches, in the order in which they are passed.
-        instructions: in the order in which they run; each branch call appears once.
+        instructions: in the order in which they run; each calls at most one branch.
         outputs: names of the streams that come out.
     """
 
@@ -134,12 +151,21 @@ class Program:
 
     def run(self, *arguments: Any) -> dict[str, Any]:
         """Every value by its name, from the input streams and then the branches."""
-        streams, branches = arguments[: len(self.inputs)], arguments[len(self.inputs) :]
-        values = dict(zip(self.inputs, streams, strict=True))
-        by_name = dict(zip(self.branches, branches, strict=True))
+        expected = (*self.inputs, *self.branches)
+        if len(arguments) != len(expected):
+            raise RevifyError(f"Got {len(arguments)} arguments for ({', '.join(expected)}): pass just these.")
+        named = dict(zip(expected, arguments, strict=True))
+        values = {name: named[name] for name in self.inputs}
+        branches = {name: named[name] for name in self.branches}
         for instruction in self.instructions:
-            values.update(zip(instruction.results, instruction.execute(values, by_name), strict=True))
+            values.update(zip(instruction.results, instruction.execute(values, branches), strict=True))
         return values
+
+    @property
+    def gives(self) -> dict[str, int]:
+        """For each branch, in order, how many values it gives: one where it is not called."""
+        calls = {step.branch: len(step.results) for step in self.instructions if isinstance(step, Call)}
+        return {name: calls.get(name, 1) for name in self.branches}
 
     def sources(self) -> dict[str, frozenset[str]]:
         """For every value, the inputs that it depends on."""
@@ -161,7 +187,7 @@ class Rendering:
     Attributes:
         lines: the program as equations; a value that is used once stands inside the line of its user.
         formulas: for every computed value, what stands to the right of its equals sign.
-        mentions: for every value, how it appears inside other formulas: by name, or in full if it is used once.
+        mentions: for every value, how it appears in other formulas: by name, or in full if it is used once.
     """
 
     lines: tuple[str, ...]
@@ -198,24 +224,20 @@ def _right_hand_side(
     texts = [mentions[o] if isinstance(o, str) else o.text for o in instruction.operands]
     if isinstance(instruction, Call):
         return f"{instruction.branch}({', '.join(texts)})", ATOM
-    template, tightness = instruction.op.value
-    if instruction.op is Op.SAME:
+    op = instruction.op
+    if op is Op.SAME:
         return texts[0], binding[names(instruction.operands)[0]]
-    needed = tightness + (instruction.op is Op.NEGATE)
     for place, operand in enumerate(instruction.operands):
-        if tightness < ATOM and isinstance(operand, str) and binding[operand] < needed + place:
+        needed = op.tightness + place + (op is Op.NEGATE)
+        if op.tightness < ATOM and isinstance(operand, str) and binding[operand] < needed:
             texts[place] = f"({texts[place]})"
-    return template.format(*texts), tightness
+    return op.template.format(*texts), op.tightness
 
 
-def names(operands: tuple[Operand, ...]) -> tuple[str, ...]:
+def names(operands: Iterable[Operand]) -> tuple[str, ...]:
     """The operands that are values, not numbers."""
     return tuple(operand for operand in operands if isinstance(operand, str))
 
 
-def _look_up(operands: tuple[Operand, ...], values: Mapping[str, Any]) -> Iterator[Any]:
+def _look_up(operands: tuple[Operand, ...], values: Values) -> Iterator[Any]:
     return (values[operand] if isinstance(operand, str) else operand.value for operand in operands)
-
-
-def _describe(result: object) -> str:
-    return f"{len(result)} values" if isinstance(result, tuple | list) else f"one {type(result).__name__}"

@@ -1,0 +1,7 @@
+"""The algebra of couplings: a formula is read as a program, and the program is solved for its inputs.
+
+    formulas      a Python function       → a program
+    solving       a program               → its inverse and pivots (elimination), or why not (explaining)
+    determinants  the pivots              → det J
+    programs      what all of them speak;  intervals: where its values can lie
+"""

@@ -1,0 +1,173 @@
+"""`revify plan | convert | measure | finetune MODEL`: the package from the command line.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 an error that is told
+in one paragraph, 2 wrong usage, 130 interrupted. What needs torch is imported by the commands, so that help
+comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from revify.errors import RevifyError
+from revify.options import make_parser
+from revify.recipes import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from revify.architectures import Created
+
+_EXTRAS = frozenset({"accelerate", "sklearn", "matplotlib"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; None takes them from the command line.
+
+    Returns:
+        The exit code.
+    """
+    options = make_parser().parse_args(arguments)
+    try:
+        _COMMANDS[options.command](options)
+        return 0
+    except RevifyError as error:
+        return _complain(str(error), 1)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        return _complain(
+            f"this needs {error.name}, which is not installed: pip install 'revify[finetune]'.", 1
+        )
+    except KeyboardInterrupt:
+        return _complain(
+            "interrupted. A fine-tuning run goes on from its last whole epoch with --resume.", 130
+        )
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"revify: error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+# Commands
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import torch
+
+    from revify.conversion import plan
+
+    with _status(options, "analysing"):
+        created = _create(options)
+        example = torch.zeros(options.batch_size, *created.input_size, device="meta")
+        found = plan(created.model, example, **_conversion(options))
+    print(found)
+    if options.json:
+        _write(options.json, found.to_json())
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from revify.checkpoints import save
+    from revify.conversion import convert
+
+    with _status(options, "converting"):
+        created = _create(options)
+        example = torch.zeros(2, *created.input_size, device="meta")
+        model = convert(created.model, example, **_conversion(options))
+        save(model, options.out, created.record)
+    print(model.revify_plan)
+    print(
+        f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); revify.load reads it, and so "
+        "does timm"
+    )
+
+
+def _measure(options: argparse.Namespace) -> None:
+    import torch
+
+    from revify.conversion import plan
+    from revify.measuring import measure
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision]
+    with _status(options, "measuring", "plain, checkpointed and converted, in turns"):
+        created = _create(options)
+        model = _place(created.model, device)
+        batch = torch.randn(options.batch_size, *created.input_size, device=device)
+        found = plan(model, batch, **_conversion(options))
+        report = measure(model, batch, plan=found, autocast=precision, repeats=options.repeats)
+    print(report)
+    if options.json:
+        _write(options.json, report.to_json())
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from revify.finetuning import finetune
+    from revify.progress import ConsoleProgress
+
+    names = {field.name for field in fields(Recipe)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    given["model_kwargs"] = dict(options.model_kwargs)
+    given.setdefault("out", Path("runs") / options.model)
+    if "scale" in given:
+        given["scale"] = tuple(given["scale"])
+    finetune(Recipe(**given), ConsoleProgress(Console(stderr=True)))
+
+
+def _create(options: argparse.Namespace) -> Created:
+    from revify.architectures import Architecture, create
+
+    created = create(
+        Architecture(
+            options.model,
+            dict(options.model_kwargs),
+            options.img_size,
+            options.num_classes,
+            bool(options.pretrained),
+            options.checkpoint,
+        )
+    )
+    if created.remark:
+        print(created.remark, file=sys.stderr)
+    return created
+
+
+def _conversion(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `revify.convert` that were given."""
+    given = {name: getattr(options, name) for name in ("predictor", "bits", "grid", "transitions")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _place(model: nn.Module, device: str | torch.device) -> nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RevifyError(f"the device {device!r} cannot be used here: {error}") from error
+
+
+def _status(options: argparse.Namespace, doing: str, how: str = "") -> Any:  # rich: a context manager
+    return Console(stderr=True).status(f"{doing} {options.model}{': ' + how if how else ''} …")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RevifyError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+_COMMANDS = {"plan": _plan, "convert": _convert, "measure": _measure, "finetune": _finetune}

@@ -1,0 +1,236 @@
+"""Recipe → a converted model fine-tuned, and the plain model back, with what each form costs.
+
+    recipe ─open_data─▶ images
+           ─create────▶ plain model ─convert─▶ converted ─train─▶ best weights ─revert─▶ plain.safetensors
+                              └── with compare: train plain and checkpointed too, from the same weights
+
+All that is written is in `recipe.out`, after every epoch:
+
+    best.safetensors  last.safetensors   the converted model, for revify.load; best by validation accuracy
+    plain.safetensors                    the best weights in the plain model, for timm's checkpoint_path=
+    metrics.csv  metrics.png             an entry for every epoch
+    recipe.json  result.json             what was asked for, and what came out
+    state/                               optimizer and the like, to resume from
+    plain/  checkpointed/                metrics and state of the other forms, with compare
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from safetensors.torch import save_model
+from torch import nn
+
+from revify.architectures import Architecture, Created, create
+from revify.checkpoints import load, save
+from revify.conversion import convert, revert
+from revify.datasets import ImageData, make_loaders, open_data
+from revify.errors import RevifyError
+from revify.measuring import checkpoint_blocks
+from revify.outcomes import Epoch, Outcome, Result, best_epoch, write_text
+from revify.progress import Progress
+from revify.recipes import Recipe
+from revify.states import states
+from revify.training import Form, evaluate, train
+
+_WEIGHTS = ("best.safetensors", "last.safetensors", "plain.safetensors")
+
+
+def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
+    """Fine-tune a converted model, and give the plain one back.
+
+    Device, precision and processes are Accelerate's: start the same call with `accelerate launch` or
+    `torchrun` to use more than one. Only the main process writes. A run that ends early loses at most the
+    epoch it was in: `resume` goes on as if nothing had happened.
+
+    Example:
+        >>> import tempfile
+        >>> from revify.finetuning import Recipe, finetune
+        >>> out = tempfile.mkdtemp() + "/run"
+        >>> result = finetune(Recipe(model="test_vit", img_size=32, epochs=1, batch_size=256, out=out))
+        >>> [outcome.form for outcome in result.outcomes]
+        ['converted', 'reverted']
+
+    Args:
+        recipe: what to do.
+        progress: is told what happens, in the main process; None is silence.
+
+    Returns:
+        Accuracy, memory and step time of every form, and the history.
+
+    Raises:
+        RevifyError: the data, the model, the folder or the recipe are not usable; nothing that was there is
+            changed.
+    """
+    out = Path(recipe.out)
+    _check_folder(out, recipe)
+    with _accelerating(recipe) as accelerator:
+        progress = progress if progress and accelerator.is_main_process else Progress()
+        set_seed(recipe.seed)
+        created, data = _open(recipe, progress)
+        converted = _convert(created, recipe)
+        accelerator.wait_for_everyone()  # nobody writes before everybody has checked
+
+        form = Form("converted", converted, out, lambda model, path: save(model, path, created.record))
+        training = partial(
+            _train, recipe=recipe, data=data, created=created, accelerator=accelerator, progress=progress
+        )
+        own, history = training(form)
+        if not history:
+            raise RevifyError(
+                f"{recipe.model} converted does not fit into the device's memory with batches of "
+                f"{recipe.batch_size}: lower the batch size (and raise grad_accum by the same factor), the "
+                "image size, or the number of bits."
+            )
+        rivals = [training(rival)[0] for rival in _rivals(created, converted, out)] if recipe.compare else []
+        reverted = _revert(created, recipe, data, accelerator, history)
+
+        result = Result(out, len(data.validation), (*rivals, own, reverted), history)
+        if accelerator.is_main_process:
+            write_text(out / "result.json", result.to_json())
+        progress.finish(result)
+        accelerator.wait_for_everyone()
+        return result
+
+
+def _check_folder(out: Path, recipe: Recipe) -> None:
+    """Neither start over what is there, nor go on from what is not, nor train for what cannot be written."""
+    if not recipe.resume:
+        there = [str(path) for path in states(out)] + [name for name in _WEIGHTS if (out / name).exists()]
+        if there:
+            raise RevifyError(f"{out} holds a run already ({there[0]}): resume it, or give another folder.")
+        parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RevifyError(f"the folder {out} cannot be written, because of {parent}: give another one.")
+        return
+    if not states(out):
+        raise RevifyError(
+            f"there is nothing to resume in {out}: it holds no state of a finished epoch. Give the folder of "
+            "a run, or start without resume."
+        )
+    stored = out / "recipe.json"
+    try:
+        differences = recipe.differences(stored.read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise RevifyError(f"{stored} cannot be read ({error}), so the run cannot be resumed.") from error
+    if differences:
+        raise RevifyError(
+            f"resuming {out} with another recipe would not continue its run: {'; '.join(differences)}. Give "
+            "the same options (only the number of epochs and compare may change), or start in another folder."
+        )
+
+
+@contextmanager
+def _accelerating(recipe: Recipe) -> Iterator[Accelerator]:
+    """An Accelerator for this run, whose global state goes with it if it came with it."""
+    first = not PartialState._shared_state
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else processes of torchrun would not see each other
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.grad_accum,
+            step_scheduler_with_optimizer=False,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+        )
+    except ValueError as error:
+        raise RevifyError(
+            f"Accelerate cannot run with mixed precision {recipe.mixed_precision!r} here: {error} "
+            "Use bf16, or no mixed precision."
+        ) from error
+    try:
+        if recipe.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate goes on in float32
+            raise RevifyError(
+                f"mixed precision {recipe.mixed_precision} does not work on this device ({accelerator.device}): "
+                "use bf16, or none."
+            )
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        if first:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def _open(recipe: Recipe, progress: Progress) -> tuple[Created, ImageData]:
+    """The plain model and the data, which agree about the classes."""
+    data = open_data(recipe.data, recipe.model_kwargs.get("in_chans", 3))
+    if recipe.num_classes not in (None, len(data.classes)):
+        raise RevifyError(
+            f"num_classes is {recipe.num_classes}, but {data.name} has {len(data.classes)} classes "
+            f"({', '.join(data.classes[:5])}, …): leave num_classes out, or give the right data."
+        )
+    wanted = Architecture(
+        recipe.model,
+        recipe.model_kwargs,
+        recipe.img_size,
+        len(data.classes),
+        recipe.pretrained,
+        recipe.checkpoint,
+    )
+    created = create(wanted)
+    if created.remark:
+        progress.note(created.remark)
+    progress.note(f"{data.name}: {len(data.train)} images to train on, {len(data.validation)} to validate on")
+    return created, data
+
+
+def _convert(created: Created, recipe: Recipe) -> nn.Module:
+    """The converted model, on weights of its own, so that the rivals start from the same ones."""
+    return convert(
+        copy.deepcopy(created.model),
+        torch.zeros(2, *created.input_size, device="meta"),
+        **recipe.conversion(),
+    )
+
+
+def _rivals(created: Created, converted: nn.Module, out: Path) -> Iterator[Form]:
+    """The plain model, and the plain model with each block checkpointed, each on weights of its own."""
+    yield Form("plain", copy.deepcopy(created.model), out / "plain")
+    checkpointed = copy.deepcopy(created.model)
+    checkpoint_blocks(checkpointed, converted.revify_plan)  # type: ignore[arg-type]  # nn.Module promises Tensor | Module
+    yield Form("checkpointed", checkpointed, out / "checkpointed")
+
+
+def _train(
+    form: Form,
+    *,
+    recipe: Recipe,
+    data: ImageData,
+    created: Created,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> tuple[Outcome, tuple[Epoch, ...]]:
+    """Train a form: its row of the table, and its history, which is empty if the device is too small for "
+    "it."""
+    try:
+        history = train(form, recipe, data, created.input_size, accelerator, progress)
+    except torch.OutOfMemoryError:
+        return Outcome(form.name, None, None, None, None), ()
+    best = best_epoch(history)
+    seconds = statistics.median(epoch.step_seconds for epoch in history)
+    return Outcome(form.name, best.val_accuracy, best.epoch, best.peak_bytes, seconds), history
+
+
+def _revert(
+    created: Created, recipe: Recipe, data: ImageData, accelerator: Accelerator, history: tuple[Epoch, ...]
+) -> Outcome:
+    """Write the best weights as plain.safetensors, and judge the plain model by them."""
+    out = Path(recipe.out)
+    plain = revert(load(out / "best.safetensors", created.model))
+    if accelerator.is_main_process:
+        partial_file = out / ".plain.safetensors.tmp"
+        save_model(plain, str(partial_file), {"format": "pt"})
+        os.replace(partial_file, out / "plain.safetensors")
+    _, validation = make_loaders(data, recipe, plain, created.input_size)
+    _, accuracy = evaluate(plain.to(accelerator.device), accelerator.prepare(validation), accelerator)
+    return Outcome("reverted", accuracy, best_epoch(history).epoch, None, None)

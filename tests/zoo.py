@@ -1,0 +1,481 @@
+"""Small networks, each named after what makes it difficult. None has anything else that could go wrong.
+
+Every network says what it is run on (`example`), and which blocks a plan must find in it (`STAGES`, none in a refused
+one). Widths are odd or small on purpose: packed bits must not depend on round sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKENS, IMAGE = (2, 5, 6), (2, 6, 4, 5)
+
+
+def paths(*names: str, count: int = 4) -> tuple[tuple[str, ...], ...]:
+    """The stages' block paths: `count` children of each of the named containers."""
+    return tuple(tuple(f"{name}.{i}" for i in range(count)) for name in names)
+
+
+class Net(nn.Module):
+    """A stem, blocks in a row, a head over the mean: what the networks below vary."""
+
+    STAGES = paths("blocks")
+    SHAPE = TOKENS
+    POOLED: tuple[int, ...] = (1,)
+    CLASSIFIER = 3
+
+    def __init__(self, *blocks: nn.Module, width: int | None = None) -> None:
+        super().__init__()
+        width = width or (self.SHAPE[2] if len(self.SHAPE) == 3 else self.SHAPE[1])
+        self.stem = nn.Linear(width, width) if len(self.SHAPE) == 3 else nn.Conv2d(width, width, 1)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(width, self.CLASSIFIER)
+
+    def example(self) -> tuple[Tensor, ...]:
+        return (torch.randn(self.SHAPE),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(self.POOLED))
+
+
+# Blocks that are convertible
+
+
+class Mlp(nn.Module):
+    """The plain pre-norm block."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class PreNormBlocks(Net):
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__(*(Mlp() for _ in range(depth)))
+
+
+class OddChannels(Net):
+    """2·3·7 = 42 elements: no number of residue bits fills its bytes."""
+
+    SHAPE = (2, 3, 7)
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp(7) for _ in range(4)))
+
+
+class BlocksInSequential(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Mlp() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean(1))
+
+
+class Attention(nn.Module):
+    """Two additions in one block, attention with its own dropout, a learned scale on each branch."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
+        return self.mlp(x + self.out(attended) * self.scale)
+
+
+class TwoAdditionsInABlock(Net):
+    def __init__(self) -> None:
+        super().__init__(*(Attention() for _ in range(4)))
+
+
+class DropoutAndDropPath(Net):
+    """Numbers are drawn twice in each block, the second time for whole examples."""
+
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.dropout(self.up(self.norm(x)), 0.3, self.training)
+            keep = (torch.rand_like(x[:, :1, :1]) > 0.2).to(x.dtype) if self.training else 1.0
+            return x + self.down(F.gelu(y)) * keep
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+
+class Convolutions(nn.Module):
+    """conv-norm-relu-conv-norm beside the shortcut, in the order of ResNet; activations in place."""
+
+    def __init__(self, width: int = 6, after: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.act, self.after = nn.ReLU(inplace=True), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        y += x
+        return self.act(y) if self.after else y
+
+
+class PostActivationBatchNorm(Net):
+    SHAPE, POOLED = IMAGE, (2, 3)
+
+    def __init__(self) -> None:
+        super().__init__(*(Convolutions() for _ in range(4)))
+
+
+class InPlaceActivations(Net):
+    SHAPE, POOLED = IMAGE, (2, 3)
+
+    def __init__(self) -> None:
+        super().__init__(*(Convolutions(after=False) for _ in range(4)))
+
+
+class ChannelsLast(Net):
+    SHAPE, POOLED = IMAGE, (2, 3)
+
+    def __init__(self) -> None:
+        super().__init__(*(Convolutions(after=False) for _ in range(4)))
+
+    def example(self) -> tuple[Tensor, ...]:
+        return (torch.randn(self.SHAPE).contiguous(memory_format=torch.channels_last),)
+
+
+class ChangesLayout(Net):
+    """Each block returns other strides than it was given."""
+
+    SHAPE, POOLED = IMAGE, (2, 3)
+
+    class Block(nn.Module):
+        def __init__(self, flip: bool) -> None:
+            super().__init__()
+            self.mix, self.flip = nn.Linear(6, 6), flip
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.mix(x.permute(0, 2, 3, 1)).tanh().permute(0, 3, 1, 2)
+            return y + x if self.flip else x.contiguous() + y.contiguous()
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block(i % 2 == 0) for i in range(4)))
+
+
+class ScaledSkip(Net):
+    class Block(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.skip = nn.Parameter(torch.full((6,), 0.9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.skip + super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+
+class PostNorm(Net):
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.down(F.gelu(self.up(x))))
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+
+class NoParametersInBlocks(Net):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.act(x) * x
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+
+class SharedModuleInBlock(Net):
+    """One Linear is called twice in a block, and one block's norm is also the next one's."""
+
+    class Block(nn.Module):
+        def __init__(self, norm: nn.LayerNorm) -> None:
+            super().__init__()
+            self.norm, self.mix, self.drop = norm, nn.Linear(6, 6), nn.Dropout(0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.drop(self.mix(self.norm(x)))
+            return x + self.drop(self.mix(F.gelu(y)))
+
+    def __init__(self) -> None:
+        norm = nn.LayerNorm(6)
+        super().__init__(*(self.Block(norm) for _ in range(4)))
+
+
+class SideInputsWithGradient(Net):
+    """Positions by position, a mask by keyword, both learned; a size that is no tensor; the stream by keyword."""
+
+    class Block(Mlp):
+        def forward(self, rope: Tensor, size: tuple[int, int], *, mask: Tensor | None = None, x: Tensor) -> Tensor:
+            y = self.up(self.norm(x) * rope) / size[0]
+            return x + self.down(F.gelu(y)) * (1 if mask is None else mask)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+        self.rope, self.mask = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.rand(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, rope, mask = self.stem(x), self.rope.cos(), self.mask.sigmoid()
+        for block in self.blocks:
+            x = block(rope, (2, 3), mask=mask, x=x)
+        return self.head(x.mean(1))
+
+
+class StreamIsASideInput(Net):
+    """The first block's output is given to every block again (a memory, as in cross attention)."""
+
+    class Block(Mlp):
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return x + self.down(F.gelu(self.up(self.norm(x)))) * memory.mean(1, keepdim=True)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = memory = self.stem(x)
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.head((x + memory).mean(1))
+
+
+class FrozenStart(Net):
+    """Stem and first blocks are not trained, so that the stream has no gradient there."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+        for part in (self.stem, self.blocks[0], self.blocks[1]):
+            part.requires_grad_(False)
+
+
+class FrozenMiddle(Net):
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+        self.blocks[1].requires_grad_(False)
+        self.blocks[2].up.requires_grad_(False)
+
+
+class AuxiliaryLoss(Net):
+    """A second head looks at a value in the middle of the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 1:
+                middle = self.head(x.mean(1))
+        return torch.cat([middle, self.head(x.mean(1))])
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+
+
+class TwoStages(Net):
+    """Two widths with a strided transition between them that draws numbers and counts batches."""
+
+    STAGES = paths("stages.0", "stages.1", count=3)
+    SHAPE, POOLED = IMAGE, (2, 3)
+
+    def __init__(self) -> None:
+        super().__init__(width=6)
+        self.blocks = None
+        first = nn.Sequential(*(Convolutions(6) for _ in range(3)))
+        second = nn.Sequential(*(Convolutions(9) for _ in range(3)))
+        self.stages = nn.ModuleList([first, second])
+        self.transition = nn.Sequential(
+            nn.Conv2d(6, 9, 2, stride=2), nn.BatchNorm2d(9), nn.Dropout(0.2), nn.GELU(), nn.Conv2d(9, 9, 1)
+        )
+        self.head = nn.Linear(9, self.CLASSIFIER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transition(self.stages[0](self.stem(x)))
+        return self.head(self.stages[1](x).mean((2, 3)))
+
+
+class BranchesOnData(Net):
+    """torch.fx cannot trace it as a whole, and it does not run without data."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x if x.sum() > 0 else x)
+
+
+class DrawsNumbersOutsideTheBlocks(Net):
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.rand(()))
+
+
+class TakesTwoInputs(Net):
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+
+    def example(self) -> tuple[Tensor, ...]:
+        return torch.randn(self.SHAPE), torch.randn(self.SHAPE[0], 1, 6)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return super().forward(x + shift)
+
+
+# Networks without a stage
+
+
+class ReusedBlock(Net):
+    """One block for all layers, as in ALBERT."""
+
+    STAGES = ()
+
+    def __init__(self) -> None:
+        super().__init__(Mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.blocks[0](x)
+        return self.head(x.mean(1))
+
+
+class ChangesInputInPlace(Net):
+    STAGES = ()
+
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(torch.relu_(x)))
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(3)))
+
+
+class DenseConcat(Net):
+    STAGES = ()
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.grow = nn.Linear(width, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.grow(x)], -1)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block(6 + 2 * i) for i in range(3)))
+        self.head = nn.Linear(12, self.CLASSIFIER)
+
+
+class NoShortcut(Net):
+    STAGES = ()
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(3)))
+
+
+class ResidualsInALoop(Net):
+    """The additions are in the network's own forward: no module could be given another one."""
+
+    STAGES = ()
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+class ReturnsTuples(Net):
+    STAGES = ()
+
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+            return super().forward(x), 1
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.head(x.mean(1))
+
+
+class UntraceableBlocks(Net):
+    STAGES = ()
+
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if len(x) else x
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(3)))
+
+
+class SingleBlocks(Net):
+    """Every residual block has another width than its neighbours."""
+
+    STAGES = ()
+
+    def __init__(self) -> None:
+        super().__init__(Mlp(6), nn.Linear(6, 4), Mlp(4), nn.Linear(4, 6), Mlp(6))
+
+
+CONVERTIBLE: tuple[type[Net], ...] = (
+    PreNormBlocks,
+    OddChannels,
+    BlocksInSequential,
+    TwoAdditionsInABlock,
+    DropoutAndDropPath,
+    PostActivationBatchNorm,
+    InPlaceActivations,
+    ChannelsLast,
+    ChangesLayout,
+    ScaledSkip,
+    PostNorm,
+    NoParametersInBlocks,
+    SharedModuleInBlock,
+    SideInputsWithGradient,
+    StreamIsASideInput,
+    FrozenStart,
+    FrozenMiddle,
+    AuxiliaryLoss,
+    TwoStages,
+    BranchesOnData,
+    DrawsNumbersOutsideTheBlocks,
+    TakesTwoInputs,
+)
+
+REFUSED: dict[type[Net], str] = {
+    ReusedBlock: "is called 3 times in one forward pass",
+    ChangesInputInPlace: "changes its input in place",
+    DenseConcat: "its output is concatenated with its input",
+    NoShortcut: "no path of additions leads from its input to its output",
+    ResidualsInALoop: "no path of additions leads from its input to its output",
+    ReturnsTuples: "does not return one tensor",
+    UntraceableBlocks: "torch.fx cannot trace it (RuntimeError: 'len' is not supported in symbolic tracing",
+    SingleBlocks: "is a residual block, but neither the module before it nor the one after it continues its stream",
+}
