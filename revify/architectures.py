@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from revify.errors import RevifyError
 
-_NETWORK_PACKAGES = frozenset(
-    {"huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3"}
-)
+_NETWORK_PACKAGES = frozenset({"huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +82,7 @@ def create(wanted: Architecture) -> Created:
     """
     _check_name(wanted.name)
     if wanted.pretrained and wanted.checkpoint:
-        raise RevifyError(
-            f"{wanted.name}: pretrained weights and a checkpoint are both asked for; give one of them."
-        )
+        raise RevifyError(f"{wanted.name}: pretrained weights and a checkpoint are both asked for; give one of them.")
     state = _read_weights(wanted.checkpoint) if wanted.checkpoint else None
     if wanted.pretrained:
         _check_network(wanted.name)
@@ -102,9 +98,7 @@ def create(wanted: Architecture) -> Created:
             raise _failure(wanted, kwargs, error) from error
         del kwargs["img_size"]  # a convolutional network, which takes any size
         model, remark = _make(wanted, kwargs, state)
-    return Created(
-        model, {"name": wanted.name, "kwargs": _settled(model, kwargs)}, _input_size(model, wanted), remark
-    )
+    return Created(model, {"name": wanted.name, "kwargs": _settled(model, kwargs)}, _input_size(model, wanted), remark)
 
 
 def _check_name(name: str) -> None:
@@ -135,9 +129,7 @@ def _make(
         raise _failure(wanted, kwargs, error) from error
 
 
-def _from_state(
-    wanted: Architecture, kwargs: dict[str, Any], state: dict[str, Tensor]
-) -> tuple[nn.Module, str | None]:
+def _from_state(wanted: Architecture, kwargs: dict[str, Any], state: dict[str, Tensor]) -> tuple[nn.Module, str | None]:
     """The model with the weights' own classifier, loaded strictly; then the classifier that is wanted."""
     config = get_pretrained_cfg(wanted.name)
     heads = (config.classifier if config else None) or ()
@@ -221,8 +213,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a foreign file makes a reader raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise RevifyError(
-        f"the checkpoint {path} cannot be read: {reason}. Give a .safetensors file, or a torch file of "
-        "weights only."
+        f"the checkpoint {path} cannot be read: {reason}. Give a .safetensors file, or a torch file of weights only."
     )
 
 

@@ -5,7 +5,8 @@ block by block, q is fitted by ridge least squares to
 
     (T(z[k]) + γ z[k-1] − x*[k+1]) / γ,        x* the original network's own trajectory,
 
-so that each step also repairs the drift of the steps before it. Along the depth only three stream values an image are kept.
+so that each step also repairs the drift of the steps before it. A position counts by how much the model's output depends on
+it, √|∂y/∂x*[k+1]|² on average over some images: a ViT's class token counts for more than one of its patches. Along the depth only three stream values an image are kept.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ CHUNK = 32  # images that run at a time where one large batch is given
 COST = 0.10  # of a block's multiply-adds that "auto" may spend on its predictor
 TOLERANCE = 0.05  # relative change of the model's output that bits="auto" allows
 
+LOOK = 8  # images on which it is found what the output depends on
+FLOOR = 0.1  # what a position counts at least, where the average counts 1
 SEEN = 2  # batches on which the deviation of the output is measured
 
 Progress = Callable[[str], None]
@@ -57,11 +60,13 @@ class Survey:
         outputs: what it returns.
         arrived: what enters each stage, by the path of its first block.
         sides: the arguments of each block besides the stream, by path.
+        importance: how much each position of each block's output counts, by path, flat, 1 on average.
     """
 
     outputs: list[Any]  # Any: models return what they like
     arrived: list[dict[str, Tensor]]
     sides: list[dict[str, Side]]
+    importance: dict[str, Tensor]
 
 
 @dataclass(slots=True)
@@ -125,15 +130,17 @@ def calibrate(
         RefusalError: the model is not a converted one, or the channel axis of a stage could not be found.
         RevifyError: an option is out of its range, or there are no data.
     """
-    if not isinstance(getattr(model, "revify_plan", None), Plan):
+    plan = getattr(model, "revify_plan", None)
+    if not isinstance(plan, Plan):
         raise RefusalError(f"{type(model).__name__} is not a converted model: convert it, then calibrate it.")
     _check_options(predictor, bits, tolerance)
-    plain, plan = remove_plan(model), model.revify_plan
+    plain = remove_plan(model)
     batches = _batches(plain, data)
     request = Request(predictor, bits, rank, tolerance, progress or _silent)
     fitted: Forecasts = {}
     with _in_eval_mode(plain), torch.no_grad():
-        survey = _survey(plain, plan, batches)
+        importance = _importance(apply_plan(plain, plan), plan, batches[0][:LOOK])
+        survey = _survey(plain, plan, batches, importance)
         for number in range(len(plan.stages)):
             plan, forecasts = _settle_stage(plain, plan, number, fitted, batches, survey, request)
             fitted.update(forecasts)
@@ -168,7 +175,7 @@ def _settle_stage(
     asked = stage.bits if request.bits is None else request.bits
     start = _walks(plain, _upto(plan, number), fitted, stage, batches, survey)
     for bits in range(MAX_BITS + 1) if request.bits == "auto" else (int(asked),):
-        trial, forecasts = _fit_stage(plain, replace(stage, bits=bits), plan.grid, request, [replace(w) for w in start])
+        trial, forecasts = _fit_stage(plain, replace(stage, bits=bits), plan.grid, request, [replace(w) for w in start], survey.importance)
         trial_plan = replace(plan, stages=(*plan.stages[:number], trial, *plan.stages[number + 1 :]))
         partial_model = apply_plan(plain, _upto(trial_plan, number + 1), forecasts={**fitted, **forecasts})
         seen = batches[:SEEN]
@@ -181,7 +188,7 @@ def _settle_stage(
 
 
 def _fit_stage(
-    plain: nn.Module, stage: StagePlan, resolution: int, request: Request, walks: list[Walk]
+    plain: nn.Module, stage: StagePlan, resolution: int, request: Request, walks: list[Walk], importance: dict[str, Tensor]
 ) -> tuple[StagePlan, Forecasts]:
     """Walk the stage and fit each block's forecast; the walks end at the stage's output."""
     if stage.axis is None:
@@ -198,15 +205,18 @@ def _fit_stage(
             cost = _multiply_adds(block, planned, walks[0])
             stage = _with_form(stage, request.predictor, request.rank, channels, cost)
         sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
+        images = 0
         for walk in walks:
             walk.t = grid.round(_run(block, planned.stream, walk.z, walk.sides[planned.path]))
             walk.aim = _run(block, planned.stream, walk.original, walk.sides[planned.path])
             if index > 0:
-                goal = (walk.t + gamma * walk.older - walk.aim) / gamma
+                goal = (walk.t + gamma * walk.older - walk.aim) / gamma - walk.z
+                weight = importance[planned.path]
                 for half, part in enumerate(sums):
-                    rows = slice(half, None, 2)
+                    rows = slice((half + images) % 2, None, 2)
                     x = torch.cat([_flat(walk.z[rows], axis), _flat(walk.t[rows], axis)], dim=1)
-                    part.add(x, _flat(goal[rows], axis))
+                    part.add(x, _flat(goal[rows], axis), weight.repeat(len(x) // len(weight)))
+            images += len(walk.z)
         if index > 0:
             tensors = _forecast(sums, stage, channels, walks[0].z.device)
             forecasts[planned.path] = tensors
@@ -225,12 +235,11 @@ def _fit_stage(
 
 
 def _forecast(sums: list[Sums], stage: StagePlan, channels: int, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of one block's forecast from the normal equations of two halves of the data, on features [z, T(z)]."""
-    both = sums[0] + sums[1]
-    diagonal = fit_diagonal(both, channels)
+    """The tensors of one block's forecast, q − z being fitted to features [z, T(z)] of two halves of the images."""
+    diagonal = fit_diagonal(*sums)
     pick = torch.arange(channels)
     tensors = {
-        "scale": diagonal.weight[pick, pick],
+        "scale": 1 + diagonal.weight[pick, pick],
         "scale_t": diagonal.weight[pick + channels, pick],
         "shift": diagonal.shift,
     }
@@ -270,12 +279,43 @@ def _multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
     return counter.get_total_flops() / 2 / walk.z.numel()
 
 
-def _survey(plain: nn.Module, plan: Plan, batches: list[Tensor]) -> Survey:
+def _importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Tensor]:
+    """How much the output depends on each position of each block's output, through the memory-free backward."""
+    planned = {block.path: stage for stage in plan.stages for block in stage.blocks}
+    grads: dict[str, Tensor] = {}
+
+    def remember(path: str, _: nn.Module, args: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(grads.__setitem__, path))  # type: ignore[no-untyped-call]
+
+    handles = [converted.get_submodule(path).register_forward_hook(partial(remember, path)) for path in planned]
+    try:
+        with torch.enable_grad():
+            y = _first(converted(x))
+            signs = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+            leaves: list[Tensor] = [p for p in converted.parameters() if p.requires_grad]
+            torch.autograd.grad((y * signs.to(y)).sum(), leaves, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for path, stage in planned.items():
+        size = 1
+        for axis, length in enumerate(stage.shape):
+            size *= 1 if axis in (0, stage.axis) else length
+        found[path] = torch.ones(size)
+        if path in grads and stage.axis is not None:
+            energy = _flat(grads[path].square(), stage.axis).sum(1).view(len(x), -1).mean(0).double()
+            found[path] = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
+    return found
+
+
+def _survey(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Tensor]) -> Survey:
     """One pass of the original over the data: its outputs, what enters each stage, and the blocks' other arguments."""
     paths = [planned.path for stage in plan.stages for planned in stage.blocks]
     entrances = {stage.blocks[0].path for stage in plan.stages}
     streams = {planned.path: planned.stream for stage in plan.stages for planned in stage.blocks}
-    survey = Survey([], [], [])
+    survey = Survey([], [], [], importance)
     for x in batches:
         arrived: dict[str, Tensor] = {}
         sides: dict[str, Side] = {}
@@ -368,7 +408,7 @@ def _batches(model: nn.Module, data: Tensor | Iterable[Any]) -> list[Tensor]:
         x = _first(batch)
         if not isinstance(x, Tensor):
             raise RevifyError(f"calibration data: expected batches of tensors, got {type(x).__name__}.")
-        found += [part.to(device) for part in x.split(CHUNK)]
+        found += [x[start : start + CHUNK].to(device) for start in range(0, len(x), CHUNK)]
     if not found:
         raise RevifyError("calibration data: there is no batch in them. Give at least one, some 32 to 256 images.")
     return found

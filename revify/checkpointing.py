@@ -29,7 +29,7 @@ class Checkpointed:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
         if not saves_nothing():
             return self._run(*args, **kwargs)

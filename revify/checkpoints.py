@@ -4,6 +4,9 @@ The metadata is text: `format` and `format_version`, the revify version that wro
 given, the architecture, both as JSON. Nothing is pickled and nothing in the file is run. Because the names
 are the plain model's, timm reads the same file: `timm.create_model(name, checkpoint_path=file)`.
 
+A calibrated model's file also holds what was fitted, under names of its own; its plain weights are those of
+`revify.revert(revify.load(file))`.
+
 Tensors that share memory (tied weights) are written once per name: safetensors has no shared storage, and a
 plain strict `load_state_dict` needs every name.
 """
@@ -31,14 +34,10 @@ from revify.rewriting import apply_plan
 
 FORMAT = "revify"
 FORMAT_VERSION = 1
-_FETCHING = frozenset(
-    {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-)
+_FETCHING = frozenset({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
 
 
-def save(
-    model: nn.Module, path: str | os.PathLike[str], architecture: Mapping[str, Any] | None = None
-) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], architecture: Mapping[str, Any] | None = None) -> None:
     """Write a converted model to one safetensors file.
 
     The file appears whole or not at all: it is written beside `path` under another name, flushed to the disk

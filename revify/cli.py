@@ -47,13 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        return _complain(
-            f"this needs {error.name}, which is not installed: pip install 'revify[finetune]'.", 1
-        )
+        return _complain(f"this needs {error.name}, which is not installed: pip install 'revify[finetune]'.", 1)
     except KeyboardInterrupt:
-        return _complain(
-            "interrupted. A fine-tuning run goes on from its last whole epoch with --resume.", 130
-        )
+        return _complain("interrupted. A fine-tuning run goes on from its last whole epoch with --resume.", 130)
 
 
 def _complain(text: str, code: int) -> int:
@@ -91,8 +87,7 @@ def _convert(options: argparse.Namespace) -> None:
         save(model, options.out, created.record)
     print(model.revify_plan)
     print(
-        f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); revify.load reads it, and so "
-        "does timm"
+        f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); revify.load reads it, and so does timm"
     )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
 
 import torch
@@ -244,7 +244,7 @@ def _example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
 def _input_size(model: nn.Module) -> tuple[int, ...] | None:
     """Channels, height and width: of the model as built (`img_size=`), else of its timm configuration."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if hasattr(config, "get") else None
+    size = config.get("input_size") if isinstance(config, Mapping) else None
     if size is None:
         return None
     built = getattr(getattr(model, "patch_embed", None), "img_size", None)

@@ -93,9 +93,7 @@ def open_data(source: str | Path, channels: int) -> ImageData:
         RevifyError: no such folder, no images, one class only, or classes that differ between the two sets.
     """
     if channels not in (1, 3):
-        raise RevifyError(
-            f"the model takes {channels} channels; images have 3, or 1 (--model-kwargs in_chans=1)."
-        )
+        raise RevifyError(f"the model takes {channels} channels; images have 3, or 1 (--model-kwargs in_chans=1).")
     mode = "RGB" if channels == 3 else "L"
     if str(source) == DIGITS:
         return _digits(mode)
@@ -109,9 +107,7 @@ def open_data(source: str | Path, channels: int) -> ImageData:
         held_out, others = _read_folder(validation)
         _check_classes(train, classes, validation, others)
     elif train:
-        raise RevifyError(
-            f"{root} has {train.name}/ but no val/: add it, or give {train} to have a fifth split off."
-        )
+        raise RevifyError(f"{root} has {train.name}/ but no val/: add it, or give {train} to have a fifth split off.")
     else:
         found, classes = _read_folder(root)
         samples, held_out = _split(found, classes, root)
@@ -167,9 +163,7 @@ def make_loaders(
             **shared,
         )
     except (AssertionError, ValueError, KeyError) as error:
-        raise RevifyError(
-            f"timm refuses this augmentation (auto_augment={recipe.auto_augment!r}): {error}"
-        ) from error
+        raise RevifyError(f"timm refuses this augmentation (auto_augment={recipe.auto_augment!r}): {error}") from error
     return train, timm.data.create_loader(data.validation, batch_size=recipe.batch_size, **shared)
 
 
@@ -213,18 +207,14 @@ def _check_classes(train: Path, classes: tuple[str, ...], validation: Path, othe
     raise RevifyError(f"the classes differ, so their numbers would not mean the same; {'; '.join(only)}.")
 
 
-def _split(
-    samples: Sequence[Sample], classes: tuple[str, ...], root: Path
-) -> tuple[list[Sample], list[Sample]]:
+def _split(samples: Sequence[Sample], classes: tuple[str, ...], root: Path) -> tuple[list[Sample], list[Sample]]:
     """A fixed fifth of every class, at least one image, for validation."""
     train: list[Sample] = []
     validation: list[Sample] = []
     for number, name in enumerate(classes):
         members = [sample for sample in samples if sample[1] == number]
         if len(members) < 2:
-            raise RevifyError(
-                f"{root}: class {name} has one image only, which cannot be split: add images of it."
-            )
+            raise RevifyError(f"{root}: class {name} has one image only, which cannot be split: add images of it.")
         random.Random(_SPLIT_SEED).shuffle(members)
         count = max(1, round(len(members) * _VALIDATION_SHARE))
         validation += members[:count]

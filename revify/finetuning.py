@@ -19,8 +19,10 @@ from __future__ import annotations
 import copy
 import os
 import statistics
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,21 +31,23 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from revify.architectures import Architecture, Created, create
 from revify.checkpoints import load, save
 from revify.conversion import convert, revert
 from revify.datasets import ImageData, make_loaders, open_data
 from revify.errors import RevifyError
-from revify.measuring import checkpoint_blocks
+from revify.measuring import checkpoint_blocks, measure
 from revify.outcomes import Epoch, Outcome, Result, best_epoch, write_text
 from revify.progress import Progress
 from revify.recipes import Recipe
-from revify.states import states
-from revify.training import Form, evaluate, train
+from revify.states import states, telling_disk_errors
+from revify.training import Form, evaluate, sample_batch, train
 
 _WEIGHTS = ("best.safetensors", "last.safetensors", "plain.safetensors")
+_REPEATS = 7  # timed steps of each form, in turns
 
 
 def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
@@ -92,12 +96,16 @@ def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
                 f"{recipe.batch_size}: lower the batch size (and raise grad_accum by the same factor), the "
                 "image size, or the number of bits."
             )
-        rivals = [training(rival)[0] for rival in _rivals(created, converted, out)] if recipe.compare else []
-        reverted = _revert(created, recipe, data, accelerator, history)
+        outcomes = [own]
+        if recipe.compare:
+            rivals = [training(rival)[0] for rival in _rivals(created, converted, out)]
+            outcomes = _measure([*rivals, own], converted, data, recipe, accelerator)
+        outcomes.append(_revert(created, recipe, data, accelerator, history))
 
-        result = Result(out, len(data.validation), (*rivals, own, reverted), history)
+        result = Result(out, len(data.validation), tuple(outcomes), history)
         if accelerator.is_main_process:
-            write_text(out / "result.json", result.to_json())
+            with telling_disk_errors(out):
+                write_text(out / "result.json", result.to_json())
         progress.finish(result)
         accelerator.wait_for_everyone()
         return result
@@ -110,8 +118,10 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
         if there:
             raise RevifyError(f"{out} holds a run already ({there[0]}): resume it, or give another folder.")
         parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise RevifyError(f"the folder {out} cannot be written, because of {parent}: give another one.")
+        try:
+            tempfile.TemporaryDirectory(dir=parent).cleanup()
+        except OSError as error:
+            raise RevifyError(f"the folder {out} cannot be written ({error}): give another one.") from error
         return
     if not states(out):
         raise RevifyError(
@@ -148,10 +158,10 @@ def _accelerating(recipe: Recipe) -> Iterator[Accelerator]:
             "Use bf16, or no mixed precision."
         ) from error
     try:
-        if recipe.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate goes on in float32
+        if recipe.mixed_precision != "no" and not accelerator.native_amp:  # it would use float32
             raise RevifyError(
-                f"mixed precision {recipe.mixed_precision} does not work on this device ({accelerator.device}): "
-                "use bf16, or none."
+                f"mixed precision {recipe.mixed_precision} does not work on this device "
+                f"({accelerator.device}): use bf16, or none."
             )
         yield accelerator
     finally:
@@ -221,6 +231,31 @@ def _train(
     return Outcome(form.name, best.val_accuracy, best.epoch, best.peak_bytes, seconds), history
 
 
+def _measure(
+    outcomes: list[Outcome], converted: nn.Module, data: ImageData, recipe: Recipe, accelerator: Accelerator
+) -> list[Outcome]:
+    """The outcomes with memory and time measured side by side, which times from separate runs are not."""
+    if not accelerator.is_main_process:
+        return outcomes
+    images, targets = sample_batch(data, recipe.batch_size, accelerator.device)
+    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.mixed_precision]
+
+    def loss(output: Tensor) -> Tensor:
+        return cross_entropy(output.float(), targets)
+
+    report = measure(converted.train(), images, loss=loss, autocast=precision, repeats=_REPEATS)
+    rows = {"plain": report.plain, "checkpointed": report.checkpointed, "converted": report.converted}
+    return [
+        replace(
+            outcome,
+            peak_bytes=rows[outcome.form].peak_bytes,
+            step_seconds=rows[outcome.form].step_seconds,
+            time_ratio=rows[outcome.form].time_ratio,
+        )
+        for outcome in outcomes
+    ]
+
+
 def _revert(
     created: Created, recipe: Recipe, data: ImageData, accelerator: Accelerator, history: tuple[Epoch, ...]
 ) -> Outcome:
@@ -228,9 +263,10 @@ def _revert(
     out = Path(recipe.out)
     plain = revert(load(out / "best.safetensors", created.model))
     if accelerator.is_main_process:
-        partial_file = out / ".plain.safetensors.tmp"
-        save_model(plain, str(partial_file), {"format": "pt"})
-        os.replace(partial_file, out / "plain.safetensors")
+        with telling_disk_errors(out):
+            partial_file = out / ".plain.safetensors.tmp"
+            save_model(plain, str(partial_file), {"format": "pt"})
+            os.replace(partial_file, out / "plain.safetensors")
     _, validation = make_loaders(data, recipe, plain, created.input_size)
     _, accuracy = evaluate(plain.to(accelerator.device), accelerator.prepare(validation), accelerator)
     return Outcome("reverted", accuracy, best_epoch(history).epoch, None, None)

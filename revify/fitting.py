@@ -1,23 +1,24 @@
 """Ridge least squares from sums: features and targets come batch by batch, only float64 normal equations are kept.
 
-Everything is centred and scaled per feature, and the forecast q = z is where the ridge pulls to: with fewer positions
-than channels the fit stays near it. How strongly it pulls is chosen on images that were left out of the fit.
+Everything is centred and scaled per feature; the ridge pulls to nothing, so what is fitted is best a correction: with fewer
+positions than channels there is then little of it. How strongly it pulls is chosen on images that were left out of the fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+UNCHECKED_RIDGE = 1e-2  # where a single image leaves nothing to choose it on
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # relative to the features' variance
 
 
 @dataclass(slots=True)
 class Sums:
-    """Normal equations of targets y [n, C] on features x [n, F], as sums over positions, in float64.
+    """Normal equations of targets y [n, C] on features x [n, F], as sums over weighted positions, in float64.
 
     Args:
         gram: Σ x xᵀ [F, F].
@@ -25,7 +26,7 @@ class Sums:
         square: Σ y² [C].
         mean_x: Σ x [F].
         mean_y: Σ y [C].
-        count: n.
+        count: the sum of the weights.
     """
 
     gram: Tensor
@@ -33,22 +34,27 @@ class Sums:
     square: Tensor
     mean_x: Tensor
     mean_y: Tensor
-    count: int = 0
+    count: float = 0.0
 
     @classmethod
     def empty(cls, features: int, targets: int) -> Sums:
-        shapes = ((features, features), (features, targets), (targets,), (features,), (targets,))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in positions x [n, F] with targets y [n, C]."""
-        x, y = x.double().cpu(), y.double().cpu()
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, y)
-        self.square += (y * y).sum(0)
-        self.mean_x += x.sum(0)
-        self.mean_y += y.sum(0)
-        self.count += len(x)
+        return cls(
+            zeros(features, features), zeros(features, targets), zeros(targets), zeros(features), zeros(targets)
+        )
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Take in positions x [n, F] with targets y [n, C], counting each `weight` [n] times."""
+        x, y, weight = x.double().cpu(), y.double().cpu(), weight.double().cpu()
+        weighted = x * weight[:, None]
+        self.gram.addmm_(weighted.T, x)
+        self.cross.addmm_(weighted.T, y)
+        self.square += weight @ (y * y)
+        self.mean_x += weighted.sum(0)
+        self.mean_y += weight @ y
+        self.count += float(weight.sum())
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -64,43 +70,35 @@ class Sums:
         """Σ |y − x·weight − shift|² over the positions that were taken in, per position."""
         total = self.square.sum() - 2 * (weight * self.cross).sum() + (weight * (self.gram @ weight)).sum()
         total += self.count * (shift @ shift) + 2 * shift @ (self.mean_x @ weight - self.mean_y)
-        return float(total) / max(self.count, 1)
+        return float(total) / max(self.count, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """y ≈ x·weight + shift, weight [F, C] float64, with the ridge that was chosen and its error on left-out positions."""
+    """y ≈ x·weight + shift, weight [F, C] float64, with the ridge that was used."""
 
     weight: Tensor
     shift: Tensor
     ridge: float = 0.0
-    error: float = field(default=float("inf"))
 
 
 def fit_dense(train: Sums, held_out: Sums) -> Fit:
     """Every target from every feature; the ridge is the best on the left-out positions, then all positions are used."""
-    best = min((_evaluated(_solve(train, ridge), held_out) for ridge in RIDGES), key=lambda fit: fit.error)
-    final = _solve(train + held_out, best.ridge)
-    return Fit(final.weight, final.shift, best.ridge, best.error)
+    return _fit(_solve, train, held_out)
 
 
-def fit_diagonal(sums: Sums, channels: int) -> Fit:
-    """Target c from features c, c+C, …: as many features for each channel as there are groups of C features."""
-    groups = len(sums.mean_x) // channels
-    gram, cross = _centred(sums)
-    pick = torch.arange(channels)
-    small = torch.stack(
-        [torch.stack([gram[pick + i * channels, pick + j * channels] for j in range(groups)], -1) for i in range(groups)],
-        -2,
-    )
-    right = torch.stack([cross[pick + i * channels, pick] for i in range(groups)], -1)
-    scale = torch.diagonal(small, dim1=-2, dim2=-1).mean(-1)
-    ridge = (1e-4 * scale + 1e-12)[:, None, None] * torch.eye(groups, dtype=torch.float64)
-    solved = torch.linalg.solve(small + ridge, right)
-    weight = torch.zeros_like(sums.cross)
-    for i in range(groups):
-        weight[pick + i * channels, pick] = solved[:, i]
-    return Fit(weight, (sums.mean_y - sums.mean_x @ weight) / sums.count)
+def fit_diagonal(train: Sums, held_out: Sums) -> Fit:
+    """Target c from features c, c+C, …: as many features for each of the C channels as there are groups of C features."""
+    return _fit(_solve_diagonal, train, held_out)
+
+
+def _fit(solve: Callable[[Sums, float], Fit], train: Sums, held_out: Sums) -> Fit:
+    if held_out.count == 0:
+        return solve(train, UNCHECKED_RIDGE)
+    fits = [solve(train, ridge) for ridge in RIDGES]
+    errors = [held_out.error(fit.weight, fit.shift) for fit in fits]
+    best = errors.index(min(errors))
+    return solve(train + held_out, RIDGES[best])
 
 
 def reduce_rank(fit: Fit, sums: Sums, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,14 +141,27 @@ def _centred(sums: Sums) -> tuple[Tensor, Tensor]:
 
 
 def _solve(sums: Sums, ridge: float) -> Fit:
+    gram, cross, scale = _standardised(sums)
+    gram = gram + ridge * torch.eye(len(scale), dtype=torch.float64)
+    weight = torch.linalg.solve(gram, cross) / scale[:, None]
+    return Fit(weight, (sums.mean_y - sums.mean_x @ weight) / max(sums.count, 1.0), ridge)
+
+
+def _solve_diagonal(sums: Sums, ridge: float) -> Fit:
+    channels = len(sums.mean_y)
+    groups = len(sums.mean_x) // channels
+    gram, cross, scale = _standardised(sums)
+    own = torch.arange(groups)[:, None] * channels + torch.arange(channels)  # [group, channel] → feature
+    small = gram[own.T[:, :, None], own.T[:, None, :]] + ridge * torch.eye(groups, dtype=torch.float64)
+    solved = torch.linalg.solve(small, cross[own.T, torch.arange(channels)[:, None]]) / scale[own.T]
+    weight = torch.zeros_like(sums.cross)
+    weight[own.T, torch.arange(channels)[:, None]] = solved
+    return Fit(weight, (sums.mean_y - sums.mean_x @ weight) / max(sums.count, 1.0), ridge)
+
+
+def _standardised(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariances of features scaled to variance 1 with each other and with the targets, and those scales."""
     gram, cross = _centred(sums)
-    count = max(sums.count, 1)
+    count = max(sums.count, 1.0)
     scale = (torch.diagonal(gram) / count).clamp_min(1e-12).sqrt()
-    scaled = gram / torch.outer(scale, scale) / count
-    scaled += ridge * torch.eye(len(scale), dtype=torch.float64)
-    weight = torch.linalg.solve(scaled, cross / scale[:, None] / count) / scale[:, None]
-    return Fit(weight, (sums.mean_y - sums.mean_x @ weight) / count, ridge)
-
-
-def _evaluated(fit: Fit, held_out: Sums) -> Fit:
-    return Fit(fit.weight, fit.shift, fit.ridge, held_out.error(fit.weight, fit.shift))
+    return gram / torch.outer(scale, scale) / count, cross / scale[:, None] / count, scale

@@ -34,7 +34,7 @@ then, in Python:
     "measure": """
 examples:
   revify measure vit_tiny_patch16_224 --batch-size 8
-  revify measure vit_tiny_patch16_224 --model-kwargs depth=48 --autocast bf16 --bits 0
+  revify measure vit_tiny_patch16_224 --model-kwargs depth=48 --mixed-precision bf16 --bits 0
 """,
     "finetune": """
 examples:
@@ -78,15 +78,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--img-size", type=int, metavar="N", help="side of the input image in pixels (default: the model's)"
     )
-    group.add_argument(
-        "--num-classes", type=int, metavar="N", help="classes (default: the data's, or the weights')"
-    )
-    group.add_argument(
-        "--pretrained", action="store_true", default=None, help="start from timm's weights (network)"
-    )
-    group.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="start from the weights in a timm checkpoint"
-    )
+    group.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the data's, or the weights')")
+    group.add_argument("--pretrained", action="store_true", default=None, help="start from timm's weights (network)")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="start from the weights in a timm checkpoint")
     group.add_argument(
         "--model-kwargs",
         type=_keyword,
@@ -103,19 +97,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="residue bits per element and block, 0 to 8: memory for fidelity",
     )
-    group.add_argument(
-        "--predictor", metavar="NAME", help="of the previous stream value: identity or midpoint"
-    )
+    group.add_argument("--predictor", metavar="NAME", help="of the previous stream value: identity or midpoint")
     group.add_argument("--grid", type=int, metavar="Q", help="resolution of the stream's values, 2^-Q")
-    group.add_argument(
-        "--transitions", metavar="MODE", help="what lies between the stages: keep, or checkpoint it too"
-    )
+    group.add_argument("--transitions", metavar="MODE", help="what lies between the stages: keep, or checkpoint it too")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-size", type=_positive, default=2, metavar="N", help="of the example (default: 2)"
-    )
+    parser.add_argument("--batch-size", type=_positive, default=2, metavar="N", help="of the example (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to a file, too")
 
 
@@ -124,9 +112,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="images per step (default: 8)"
-    )
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images per step (default: 8)")
     parser.add_argument(
         "--repeats", type=_positive, default=5, metavar="N", help="timed runs of each form (default: 5)"
     )
@@ -169,9 +155,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     images.add("--reprob", float, "probability of random erasing")
     images.add("--auto-augment", str, "timm policy, such as rand-m9-mstd0.5")
     images.add("--color-jitter", float, "strength")
-    images.add(
-        "--hflip", float, "probability of a mirror image (default: 0.5, and 0 for the digits)", default=""
-    )
+    images.add("--hflip", float, "probability of a mirror image (default: 0.5, and 0 for the digits)", default="")
     images.add(
         "--scale",
         float,
@@ -179,9 +163,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
     )
-    images.add(
-        "--crop-pct", float, "share of the image that validation looks at (default: the model's)", default=""
-    )
+    images.add("--crop-pct", float, "share of the image that validation looks at (default: the model's)", default="")
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -198,17 +180,9 @@ class _Group:
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
         self._group = parser.add_argument_group(title)
 
-    def add(
-        self, flag: str, kind: Callable[[str], Any], text: str, *, default: str | None = None, **more: Any
-    ) -> None:
+    def add(self, flag: str, kind: Callable[[str], Any], text: str, *, default: str | None = None, **more: Any) -> None:
         own = {field.name: field.default for field in fields(Recipe)}[flag[2:].replace("-", "_")]
-        note = (
-            default
-            if default is not None
-            else "off"
-            if own is None
-            else f"{own}".strip("()").replace(",", "")
-        )
+        note = default if default is not None else "off" if own is None else f"{own}".strip("()").replace(",", "")
         if "choices" not in more:
             more.setdefault("metavar", {int: "N", float: "X", Path: "DIR"}.get(kind, "NAME"))  # type: ignore[call-overload]
         self._group.add_argument(flag, type=kind, help=f"{text} (default: {note})" if note else text, **more)

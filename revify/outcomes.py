@@ -44,8 +44,10 @@ class Outcome:
         form: plain, checkpointed, converted or reverted.
         accuracy: on the validation images, at the best epoch, 0…1.
         best_epoch: from 1; of a reverted model, that of the converted one.
-        peak_bytes: as in `Epoch`.
-        step_seconds: median over all epochs' medians.
+        peak_bytes: the most that a step allocates beside weights, gradients and the optimizer's state.
+        step_seconds: with compare, of forward and backward as `revify.measure` takes it, all forms in turns
+            on one batch; without, the median of the epochs' medians.
+        time_ratio: with compare, to checkpointed, as `revify.measure` takes it.
     """
 
     form: str
@@ -53,6 +55,7 @@ class Outcome:
     best_epoch: int | None
     peak_bytes: int | None
     step_seconds: float | None
+    time_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,14 @@ class Result:
             cells = f"{'-':>10}{'-':>8}{'-':>10}{'-':>8}"
             if o.peak_bytes is not None and o.step_seconds is not None:
                 memory = _ratio(o.peak_bytes, rival.peak_bytes if rival else None)
-                time = _ratio(o.step_seconds, rival.step_seconds if rival else None)
+                time = f"{o.time_ratio:.3f}" if o.time_ratio else "-"
                 cells = f"{o.peak_bytes / 1e6:>10.2f}{memory:>8}{o.step_seconds:>10.4f}{time:>8}"
             lines.append(f"{o.form:<14}{cells}{o.accuracy:>11.2%}{o.best_epoch:>7}")
+        how = "forward and backward, median, in turns on one batch" if rival else "median, with the update"
         notes = [
             "",
             "peak MB: 10^6 bytes that one step allocates beside weights, gradients and optimizer state",
-            f"step: median, with the update; accuracy: at the best epoch, {self.images} validation images",
+            f"step: {how}; accuracy: at the best epoch, {self.images} validation images",
             "reverted: the converted model's best weights in the plain model (plain.safetensors)",
         ]
         if rival:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,7 +186,7 @@ def make_plan(
     blocks = find_blocks(observation, graph, modules)
     stages = group_stages(blocks, graph)
     config = getattr(model, "pretrained_cfg", None)
-    architecture = config.get("architecture") if hasattr(config, "get") else None
+    architecture = config.get("architecture") if isinstance(config, Mapping) else None
     return Plan(
         model=type(model).__name__,
         architecture=architecture,

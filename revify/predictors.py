@@ -132,7 +132,7 @@ def hold_forecast(block: nn.Module, tensors: dict[str, Tensor], *, trainable: bo
             block.register_parameter(PREFIX + name, nn.Parameter(tensor))
         else:
             block.register_buffer(PREFIX + name, tensor)
-    block.register_load_state_dict_pre_hook(_keep_missing)
+    block.register_load_state_dict_pre_hook(_keep_missing)  # type: ignore[no-untyped-call]
 
 
 def drop_forecast(block: nn.Module) -> None:

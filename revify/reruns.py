@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,9 @@ class Rerun:
         def keep(tensor: Tensor) -> None:
             caught.append((tensor.detach(), version(tensor)))
 
-        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep if catch else _forget, _unreadable)
+        hooks: AbstractContextManager[None] = saved_tensors_hooks(
+            keep if catch else _forget, partial(_unreadable, self.name)
+        )
         with self._conditions.restored(), hooks:
             outputs = self._run(*values, *args, **kwargs)
         if catch:
@@ -161,8 +164,11 @@ def _forget(tensor: Tensor) -> None:
     return None
 
 
-def _unreadable(kept: None) -> Tensor:
-    raise ReplayError("a block ran a backward of its own while it was run again; revify cannot serve that backward.")
+def _unreadable(name: str, kept: None) -> Tensor:
+    raise ReplayError(
+        f"{name} ran a backward of its own while it was run again; revify cannot serve that backward. Leave this block "
+        "out of the plan, or compute that gradient outside of it."
+    )
 
 
 def _address(tensor: Tensor) -> int:

@@ -28,7 +28,7 @@ from revify.errors import GridRangeError, ReplayError, StreamError
 from revify.predictors import Predictor
 from revify.replay import SideInputs, version
 from revify.reruns import LIKELY_CAUSES, Rerun
-from revify.stream import Gap, Grid, Join, OnGrid, step, unstep
+from revify.stream import Gap, Grid, Join, OnGrid, Resume, step, unstep
 
 _plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
 
@@ -139,7 +139,7 @@ class Tape:
         self._first_output: Tensor | None = None  # checksum of T(z) at the first step, behind which nothing is known
         self._loaded: Rerun | None = None
         self._peaks: list[tuple[int, Tensor]] = []
-        self._repeats: list[tuple[int, Tensor]] = []
+        self._repeats: list[tuple[int, Tensor]] = []  # for each second run, whether it gave other values
 
     # Forward
 
@@ -225,7 +225,9 @@ class Tape:
         older, newer = self._ends()
         forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
         if index == self._first:
-            self._compare(index, t, self._first_output)
+            assert self._first_output is not None  # invariant: the step ran
+            differs = (newer != t).any() if index == 0 else _checksum(t) != self._first_output
+            self._repeats.append((index, differs))
             return
         gap = unstep(newer, t, entry.residue, self.rule.bits, self.rule.grid)
         del newer, t
@@ -236,7 +238,7 @@ class Tape:
         previous = _with_strides(gap, self._entries[index - 1].stride)
         self._newer, self._older = self._older, Value(previous, None)
         self._position = index - 1
-        self._compare(index, previous, self._entries[index - 1].checksum)
+        self._repeats.append((index, _checksum(previous) != self._entries[index - 1].checksum))
 
     def _forth(self, index: int) -> None:
         """From (z[k-1], z[k]) to (z[k], z[k+1]), k = index: only a second backward needs this."""
@@ -256,11 +258,6 @@ class Tape:
         assert self._older is not None and self._newer is not None  # invariant: a placeholder exists, so a step ran
         older_name = self.rule.names[max(self._position - 1, 0)]
         return self._older.checked(older_name), self._newer.checked(self.rule.names[self._position])
-
-    def _compare(self, index: int, values: Tensor, checksum: Tensor | None) -> None:
-        """Note whether what the second run of step `index` gave has the checksum it should have."""
-        assert checksum is not None  # invariant: the step ran
-        self._repeats.append((index, _checksum(values) != checksum))
 
 
 class Step:
@@ -283,7 +280,7 @@ class Step:
     def name(self) -> str:
         return self.rule.names[self.index]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
         x, side = self._split(args, kwargs)
         tape, z, older = self._take(x)
@@ -341,7 +338,7 @@ class Step:
                 f"{self.name}: the output of {previous} was changed in place on its way here. Use an out-of-place "
                 "operation inside of the blocks, or convert the model as it is called now."
             )
-        return link.tape, link.newest if link.newest is not None else x, link.older
+        return link.tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
 
     def _step(
         self, tape: Tape, z: Tensor, older: Tensor | None, side: tuple[Any, ...], branch_dtype: torch.dtype

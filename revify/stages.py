@@ -97,7 +97,8 @@ def _runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> list[Stage]:
     starting: dict[tuple[ValueKey, int], list[ResidualBlock]] = defaultdict(list)
     for block in blocks:
         starting[block.stream.key, _depth(block)].append(block)
-    runs, taken = [], set()
+    runs: list[Stage] = []
+    taken: set[str] = set()
     for block in blocks:
         if block.call.path in taken:
             continue
@@ -121,7 +122,7 @@ def _next(
         and _linked(block, other, trace)
     ]
     same_class = [other for other in candidates if other.call.kind == block.call.kind]
-    return (same_class or candidates or [None])[0]
+    return next(iter(same_class or candidates), None)
 
 
 def _linked(block: ResidualBlock, other: ResidualBlock, trace: Trace) -> bool:

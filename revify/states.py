@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from revify.errors import RevifyError
 from revify.outcomes import Epoch, write_text
@@ -22,23 +23,22 @@ def save_state(folder: Path, history: list[Epoch], accelerator: Accelerator) -> 
     """Write the state after the last epoch of the history, then remove the one before.
 
     Raises:
-        RevifyError: the disk refuses.
+        OSError: the disk refuses; the state before is kept.
     """
     name = f"epoch-{len(history):04d}"
     partial, whole = folder / "state" / f".{name}.partial", folder / "state" / name
     if accelerator.is_main_process and partial.exists():
         shutil.rmtree(partial)
     accelerator.wait_for_everyone()
-    with _disk(partial):
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            record = {"processes": accelerator.num_processes, "epochs": [asdict(epoch) for epoch in history]}
-            write_text(partial / "history.json", json.dumps(record))
-            partial.rename(whole)
-            for older in states(folder):
-                if older != whole:
-                    shutil.rmtree(older)
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        record = {"processes": accelerator.num_processes, "epochs": [asdict(epoch) for epoch in history]}
+        write_text(partial / "history.json", json.dumps(record))
+        partial.rename(whole)
+        for older in states(folder):
+            if older != whole:
+                shutil.rmtree(older)
     accelerator.wait_for_everyone()
 
 
@@ -80,11 +80,12 @@ def load_state(folder: Path, accelerator: Accelerator) -> list[Epoch]:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Errors of the disk, in words."""
+def telling_disk_errors(folder: Path) -> Iterator[None]:
+    """Errors of the disk in words."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RevifyError(
-            f"the state {path} cannot be written ({error}); the state before it is kept."
+            f"{folder} cannot be written ({error}): make room or give another folder. What earlier epochs "
+            "left is whole."
         ) from error

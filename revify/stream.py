@@ -70,6 +70,25 @@ class OnGrid(Function):
         return grad.to(ctx.dtype), None
 
 
+class Resume(Function):
+    """The stream value of which `shown` is a shorter-typed copy, with the gradient through both.
+
+    The copy is what hooks and wrappers see of a block's output (FSDP waits for its gradient), so it gets the gradient
+    as far as its type holds it, and the value gets the rest: together nothing is lost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shown: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = shown.dtype
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        limits = torch.finfo(ctx.dtype)
+        rounded = grad.clamp(limits.min, limits.max).to(ctx.dtype)
+        return rounded, grad - rounded
+
+
 class Gap(Function):
     """u = z[k-1] − q, whose gradient already carries the γ of the coupling.
 

@@ -31,7 +31,7 @@ from revify.errors import RevifyError
 from revify.outcomes import Epoch, best_epoch, write_metrics, write_text
 from revify.progress import Progress
 from revify.recipes import Recipe
-from revify.states import load_state, save_state
+from revify.states import load_state, save_state, telling_disk_errors
 
 _SEEDS_PER_EPOCH = 10_007  # more than there are processes, each of which adds its number
 
@@ -178,11 +178,9 @@ def _prepare(
 
 
 def _step_memory(model: nn.Module, data: ImageData, batch_size: int, accelerator: Accelerator) -> int:
-    """Peak bytes of the second step of a copy on real images: the first step allocates the gradients."""
+    """Peak bytes of the second step of a copy: the first step allocates the gradients."""
     twin = copy.deepcopy(model)
-    samples = [data.validation[place % len(data.validation)] for place in range(batch_size)]
-    images = torch.stack([image for image, _ in samples]).to(accelerator.device)
-    targets = torch.tensor([target for _, target in samples], device=accelerator.device)
+    images, targets = sample_batch(data, batch_size, accelerator.device)
 
     def forward() -> Tensor:
         with accelerator.autocast():
@@ -190,6 +188,14 @@ def _step_memory(model: nn.Module, data: ImageData, batch_size: int, accelerator
 
     torch.autograd.backward(forward())
     return count_memory(forward, accelerator.device).peak
+
+
+def sample_batch(data: ImageData, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of validation images, from which loaders have been made, and their classes; the same every "
+    "time."""
+    samples = [data.validation[place % len(data.validation)] for place in range(size)]
+    images = torch.stack([image for image, _ in samples])
+    return images.to(device), torch.tensor([target for _, target in samples], device=device)
 
 
 def _train_epoch(run: _Run, epoch: int, progress: Progress) -> _Pass:
@@ -252,12 +258,13 @@ def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
 def _write(form: Form, recipe: Recipe, history: list[Epoch], accelerator: Accelerator) -> None:
     """Weights, metrics and state of a finished epoch; the state last, since it is what a resume believes."""
     last, best = history[-1], best_epoch(history)
-    if accelerator.is_main_process:
-        form.folder.mkdir(parents=True, exist_ok=True)
-        if form.save:
-            form.save(form.model, form.folder / "last.safetensors")
-            if last is best:
-                form.save(form.model, form.folder / "best.safetensors")
-        write_metrics(form.folder, form.name, history)
-        write_text(form.folder / "recipe.json", recipe.to_json())
-    save_state(form.folder, history, accelerator)
+    with telling_disk_errors(form.folder):
+        if accelerator.is_main_process:
+            form.folder.mkdir(parents=True, exist_ok=True)
+            if form.save:
+                form.save(form.model, form.folder / "last.safetensors")
+                if last is best:
+                    form.save(form.model, form.folder / "best.safetensors")
+            write_metrics(form.folder, form.name, history)
+            write_text(form.folder / "recipe.json", recipe.to_json())
+        save_state(form.folder, history, accelerator)

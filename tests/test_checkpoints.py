@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,15 +32,6 @@ def assert_same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> None
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On nets as small as these, threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +154,18 @@ def test_tied_and_strided_tensors_are_written_and_stay_as_they_are(tmp_path: Pat
     mould.load_state_dict(safetensors.torch.load_file(tmp_path / "t.safetensors"), strict=True)
 
 
+def test_calibrated_predictors_are_kept(tmp_path: Path) -> None:
+    model = revify.calibrate(revify.convert(vit(), bits=1), IMAGE, predictor="diagonal")
+    revify.save(model, tmp_path / "c.safetensors", ARCHITECTURE)
+    loaded = revify.load(tmp_path / "c.safetensors")
+    assert any("revify_" in name for name in loaded.state_dict())
+    assert_same_state(state(loaded), state(model))
+    assert torch.equal(loaded.eval()(IMAGE), model.eval()(IMAGE))
+    plain = revify.revert(loaded)
+    assert plain.state_dict().keys() == vit().state_dict().keys()
+    vit().load_state_dict(plain.state_dict(), strict=True)
+
+
 def test_the_metadata_says_what_the_file_is(saved: tuple[nn.Module, Path]) -> None:
     model, path = saved
     with safetensors.safe_open(path, framework="pt") as handle:
@@ -219,9 +221,7 @@ def test_state_that_is_no_tensor_is_not_saved(tmp_path: Path) -> None:
 
     model = vit()
     model.counter = Counting()
-    with pytest.raises(
-        revify.CheckpointError, match=r"'counter\._extra_state' is not an ordinary dense tensor"
-    ):
+    with pytest.raises(revify.CheckpointError, match=r"'counter\._extra_state' is not an ordinary dense tensor"):
         revify.save(revify.convert(model), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -237,9 +237,7 @@ def test_state_that_is_no_tensor_is_not_saved(tmp_path: Path) -> None:
         ("test_vit", "cannot be stored"),
     ],
 )
-def test_an_architecture_that_cannot_be_stored(
-    saved: tuple[nn.Module, Path], architecture: object, text: str
-) -> None:
+def test_an_architecture_that_cannot_be_stored(saved: tuple[nn.Module, Path], architecture: object, text: str) -> None:
     model, path = saved
     with pytest.raises(revify.CheckpointError, match=text):
         revify.save(model, path.with_name("new.safetensors"), architecture)  # type: ignore[arg-type]
@@ -335,9 +333,7 @@ def test_an_architecture_that_timm_cannot_make_is_refused(saved: tuple[nn.Module
         revify.load(changed)
 
 
-def test_a_path_relative_to_the_working_folder(
-    saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_relative_to_the_working_folder(saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = saved
     monkeypatch.chdir(path.parent)
     revify.save(model, "again.safetensors")

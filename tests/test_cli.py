@@ -71,9 +71,7 @@ def test_convert_writes_a_file_for_both_libraries(capsys: pytest.CaptureFixture[
     assert main(["convert", *TINY, "--num-classes", "7", "--bits", "1", "--out", str(file)]) == 0
     assert str(file) in capsys.readouterr().out
     converted = revify.load(file)
-    plain = timm.create_model(
-        "test_vit", img_size=16, patch_size=8, depth=4, num_classes=7, checkpoint_path=str(file)
-    )
+    plain = timm.create_model("test_vit", img_size=16, patch_size=8, depth=4, num_classes=7, checkpoint_path=str(file))
     assert converted.revify_plan.stages[0].bits == 1
     for name, value in plain.state_dict().items():
         assert torch.equal(value, converted.state_dict()[name])
@@ -166,9 +164,7 @@ def test_the_hub_fails_later(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr("revify.architectures._check_network", lambda name: None)
     monkeypatch.setattr(timm, "create_model", failing)
     error = fails(capsys, "plan", "test_vit", "--pretrained")
-    assert (
-        "could not be fetched from the Hugging Face hub (LocalEntryNotFoundError: An error happened" in error
-    )
+    assert "could not be fetched from the Hugging Face hub (LocalEntryNotFoundError: An error happened" in error
 
 
 @pytest.mark.parametrize(
@@ -189,9 +185,7 @@ def test_the_hub_fails_later(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["finetune", *TINY, "--out", "/proc/run"], "cannot be written"),
     ],
 )
-def test_errors_are_one_paragraph(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_errors_are_one_paragraph(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert message in captured.err
@@ -218,9 +212,7 @@ def test_wrong_usage_is_two(capsys: pytest.CaptureFixture[str], arguments: list[
     assert "usage: revify" in capsys.readouterr().err
 
 
-def test_an_interrupt_is_no_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 

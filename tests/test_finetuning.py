@@ -310,7 +310,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
     write_images(tmp_path / "data" / "val", "35", 2)
     broken = tmp_path / "data" / "train" / "5" / "02.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(RevifyError, match="02.png cannot be read") as caught:
+    with pytest.raises(RevifyError, match=r"02\.png cannot be read") as caught:
         finetune(recipe(tmp_path / "data", tmp_path / "run", workers=workers, batch_size=4))
     assert "Traceback" not in str(caught.value)
 
@@ -369,6 +369,22 @@ def test_nothing_to_resume(images: Path, tmp_path: Path) -> None:
     with pytest.raises(RevifyError, match="nothing to resume"):
         finetune(recipe(images, tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_the_epoch_before(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune(recipe(images, tmp_path / "run", epochs=1, sched="none"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("revify.training.write_metrics", full)
+    with pytest.raises(RevifyError, match="No space left on device"):
+        finetune(recipe(images, tmp_path / "run", epochs=2, sched="none", resume=True))
+    monkeypatch.undo()
+    states = [path for path in before if "state" in path.parts]
+    assert len(states) >= 4
+    assert all(path.read_bytes() == before[path] for path in states)
 
 
 def test_a_damaged_state_is_told(images: Path, tmp_path: Path) -> None:

@@ -94,8 +94,12 @@ def test_transposed_square_between_two_blocks(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_changed_in_place_on_the_way(dtype: torch.dtype) -> None:
+
+    def double(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        output.detach().mul_(2)
+
     model = converted(zoo.PreNormBlocks).to(dtype)
-    model.blocks[1].register_forward_hook(lambda module, args, output: output.detach().mul_(2) and None)
+    model.blocks[1].register_forward_hook(double)
     with pytest.raises(StreamError, match=r"blocks.2: the output of blocks.1 was changed in place on its way here"):
         walk(model, [0, 1, 2, 3])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 
 import pytest
 import timm
@@ -16,15 +15,6 @@ from revify.counting import count_memory
 from revify.measuring import mean_square
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On nets as small as these, threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vit(**changes: object) -> nn.Module:
@@ -108,9 +98,7 @@ def test_residue_bits_are_held() -> None:
     """Each of b bits of each stream element that steps is held: b/8 bytes, whole bytes per step."""
     model = vit()
     held = {
-        bits: revify.measure(
-            model, images(), plan=revify.plan(model, images(), bits=bits), repeats=1
-        ).converted
+        bits: revify.measure(model, images(), plan=revify.plan(model, images(), bits=bits), repeats=1).converted
         for bits in (0, 1, 4)
     }
     blocks = sum(len(stage.blocks) for stage in revify.plan(model, images()).stages)

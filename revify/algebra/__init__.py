@@ -3,5 +3,8 @@
     formulas      a Python function       → a program
     solving       a program               → its inverse and pivots (elimination), or why not (explaining)
     determinants  the pivots              → det J
-    programs      what all of them speak;  intervals: where its values can lie
+    programs      what all of them speak
+    intervals     where the values of a program can lie
+
+Pure functions of frozen records; the only tensors are those a program is run on.
 """

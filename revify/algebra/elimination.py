@@ -1,6 +1,8 @@
 """Elimination: values that mix unknowns linearly → the instructions that take one of them apart.
 
-    p = a + b      q = a − b = p − 2·b      b = (q − p) / (−2)      after which p has one unknown, a
+    p = a + b      q = a − b = p − 2·b      b = (q − p) / (−2)
+
+after which p has a single unknown, a.
 """
 
 from __future__ import annotations
