@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, cast
 
 import torch
@@ -34,6 +35,7 @@ def plan(
     bits: int = DEFAULT_BITS,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "keep",
+    random_sign: bool = False,
 ) -> Plan:
     """Say what `convert` would do to a model, without doing it.
 
@@ -53,6 +55,8 @@ def plan(
         bits: residue bits per element and step, 0…8: each costs b/8 byte and halves the change of the function.
         grid: resolution q; stream values are multiples of 2^-q within ±2^(24-q).
         transitions: "checkpoint" also checkpoints what lies between the stages.
+        random_sign: γ = ±2^-bits at random for each sample and step in training, so that the change of the function is
+            zero on average, and the plain blocks in eval mode (BDIA, Zhang et al. 2025, with midpoint and one bit).
 
     Returns:
         The plan: stages, what is checkpointed, refusals, saved bytes. It prints as a table.
@@ -63,9 +67,10 @@ def plan(
     """
     _check_options(predictor, bits, grid, transitions)
     _check_model(model)
-    return make_plan(
+    made = make_plan(
         model, _example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
     )
+    return replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
 
 
 def convert(
@@ -78,6 +83,7 @@ def convert(
     bits: int | Literal["auto"] | None = None,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "keep",
+    random_sign: bool = False,
 ) -> nn.Module:
     """Make the residual stages of a model reversible, with a backward that stores no activations.
 
@@ -99,6 +105,7 @@ def convert(
             fewest per stage that keep the model's output.
         grid: as for `plan`.
         transitions: as for `plan`.
+        random_sign: as for `plan`; not with calibration.
 
     Returns:
         The converted model. Its plan is its attribute `revify_plan`.
@@ -111,9 +118,11 @@ def convert(
         Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of docs/method.md.
     """
     _check_model(model)
+    if random_sign and calibration is not None:
+        raise RevifyError("random_sign is for fixed predictors: a calibrated one is fitted to γ > 0. Leave one of them out.")
     fixed = _fixed_options(calibration is not None, predictor, bits)
     if plan is None:
-        plan = _plan(model, example, **fixed, grid=grid, transitions=transitions)
+        plan = _plan(model, example, **fixed, grid=grid, transitions=transitions, random_sign=random_sign)
     if not plan.stages:
         reasons = "; ".join(f"{paths}: {reason}" for reason, paths in list(group_reasons(plan.refusals).items())[:4])
         raise RefusalError(

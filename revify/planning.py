@@ -51,6 +51,7 @@ class StagePlan:
         stream_bytes: of one stream value.
         bits: residue bits per element and step, 0…8.
         predictor: of the previous stream value.
+        random_sign: γ = ±2^-b at random for each sample and step in training, and the plain blocks in eval mode.
         axis: which axis of the stream is the channels', None where that could not be found.
         rank: of a low-rank predictor, else 0.
         deviation: relative error of the model's output on the calibration data with the stages up to this one
@@ -63,6 +64,7 @@ class StagePlan:
     stream_bytes: int
     bits: int
     predictor: str
+    random_sign: bool = False
     axis: int | None = None
     rank: int = 0
     deviation: float | None = None

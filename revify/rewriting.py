@@ -82,7 +82,7 @@ def _install(
     trainable: bool,
 ) -> None:
     grid = Grid(resolution)
-    rule = StageRule(tuple(block.path for block in stage.blocks), stage.bits, grid)
+    rule = StageRule(tuple(block.path for block in stage.blocks), stage.bits, grid, stage.random_sign)
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)
         if index > 0 and stage.predictor in CALIBRATED:

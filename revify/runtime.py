@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
-from revify.errors import GridRangeError, ReplayError, StreamError
+from revify.errors import StreamError
+from revify.guards import Peaks, Repeats, checksum
 from revify.predictors import Predictor
 from revify.replay import SideInputs, version
-from revify.reruns import LIKELY_CAUSES, Rerun
+from revify.reruns import Rerun
 from revify.stream import Gap, Grid, Join, OnGrid, Resume, step, unstep
 
 _plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
@@ -63,11 +63,13 @@ class StageRule:
         names: the blocks' paths, in order.
         bits: residue bits b; the gain is γ = 2^-b.
         grid: the grid of the stream.
+        random_sign: γ = ±2^-b at random for each sample and step while training, and no coupling at all in eval mode.
     """
 
     names: tuple[str, ...]
     bits: int
     grid: Grid
+    random_sign: bool = False
 
 
 class Link:
@@ -115,6 +117,7 @@ class Entry:
         needs_grad: whether z[k] had a gradient.
         stride: of z[k], which its reconstruction must have too: kernels depend on it.
         checksum: of z[k].
+        sign: of γ for each sample, None where it is always +1.
         residue: the packed bits, None where b = 0 or while the tape stands before this step.
     """
 
@@ -123,6 +126,7 @@ class Entry:
     needs_grad: bool
     stride: tuple[int, ...]
     checksum: Tensor
+    sign: Tensor | None
     residue: Tensor | None = None
 
 
@@ -138,8 +142,8 @@ class Tape:
         self._newer: Value | None = None
         self._first_output: Tensor | None = None  # checksum of T(z) at the first step, behind which nothing is known
         self._loaded: Rerun | None = None
-        self._peaks: list[tuple[int, Tensor]] = []
-        self._repeats: list[tuple[int, Tensor]] = []  # for each second run, whether it gave other values
+        self._peaks = Peaks(rule.grid)
+        self._repeats = Repeats()
 
     # Forward
 
@@ -157,44 +161,18 @@ class Tape:
     def advance(self, index: int, t: Tensor, value: Tensor, residue: Tensor | None) -> None:
         """Step `index` has given T(z[index]) = t and z[index+1] = value."""
         if index == self._first:
-            self._first_output = _checksum(t)
+            self._first_output = checksum(t)
         self._entries[index].residue = residue
         self._older, self._newer = self._newer, Value(value.detach(), version(value))
         self._position = index
 
     def observe(self, index: int, *values: Tensor) -> None:
         """Note how far step `index` went out on the grid."""
-        self._peaks += [(index, torch.stack(torch.aminmax(v.detach()))) for v in values if v.numel()]
+        self._peaks.observe(self.rule.names[index], *values)
 
     def check_range(self) -> None:
         """Refuse values outside of the range where the grid is exact."""
-        if not self._peaks:
-            return
-        peaks = torch.stack([extremes for _, extremes in self._peaks]).abs().amax(dim=1)
-        limit = self.rule.grid.limit(peaks.dtype)
-        outside = ~(peaks < limit)
-        if not bool(outside.any()):
-            self._peaks = []
-            return
-        where = int(outside.nonzero()[0])
-        index, peak = self._peaks[where][0], float(peaks[where])
-        self._peaks = []
-        if not torch.isfinite(peaks[where]):
-            raise GridRangeError(
-                f"{self.rule.names[index]}: its stream values are no longer finite ({peak}). Training has diverged, or "
-                "the input was not finite: lower the learning rate, clip gradients, or check the data."
-            )
-        raise GridRangeError(
-            f"{self.rule.names[index]}: a stream value of magnitude {peak:.6g} is outside of the exact range ±{limit:g} of "
-            f"the grid with resolution 2^-{self.rule.grid.resolution}, so its input could not be reconstructed. Convert "
-            f"with a coarser grid, for example grid={self._fitting_resolution(peak, limit)}."
-        )
-
-    def _fitting_resolution(self, peak: float, limit: float) -> int:
-        resolution = self.rule.grid.resolution
-        while limit < 4 * peak:
-            resolution, limit = resolution - 1, limit * 2
-        return resolution
+        self._peaks.check()
 
     # Backward
 
@@ -207,11 +185,7 @@ class Tape:
             self._wind_to(index)
             self._loaded = self._entries[index].rerun
             self._back(index, catch=True)
-        check = partial(_check_repeats, self.rule.names, self._repeats)  # without the tape, which is to be freed
-        if torch._C._current_graph_task_id() >= 0:  # checking now would make the device wait at every block
-            Variable._execution_engine.queue_callback(check)
-        else:
-            check()
+        self._repeats.check_in_the_end()
 
     def _wind_to(self, index: int) -> None:
         while self._position > index:
@@ -226,19 +200,19 @@ class Tape:
         forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
         if index == self._first:
             assert self._first_output is not None  # invariant: the step ran
-            differs = (newer != t).any() if index == 0 else _checksum(t) != self._first_output
-            self._repeats.append((index, differs))
+            differs = (newer != t).any() if index == 0 else checksum(t) != self._first_output
+            self._repeats.note(self.rule.names[index], differs)
             return
-        gap = unstep(newer, t, entry.residue, self.rule.bits, self.rule.grid)
+        gap = unstep(newer, t, entry.residue, self.rule.bits, self.rule.grid, entry.sign)
         del newer, t
         entry.residue = None
         if late is not None:
             gap += late
         gap += forecast
-        previous = _with_strides(gap, self._entries[index - 1].stride)
+        previous = with_strides(gap, self._entries[index - 1].stride)
         self._newer, self._older = self._older, Value(previous, None)
         self._position = index - 1
-        self._repeats.append((index, _checksum(previous) != self._entries[index - 1].checksum))
+        self._repeats.note(self.rule.names[index], checksum(previous) != self._entries[index - 1].checksum)
 
     def _forth(self, index: int) -> None:
         """From (z[k-1], z[k]) to (z[k], z[k+1]), k = index: only a second backward needs this."""
@@ -248,9 +222,9 @@ class Tape:
         gap = older - forecast
         if late is not None:
             gap -= late
-        value, entry.residue = step(t, gap, self.rule.bits, self.rule.grid)
+        value, entry.residue = step(t, gap, self.rule.bits, self.rule.grid, entry.sign)
         following = self._entries.get(index + 1)
-        value = _with_strides(value, following.stride if following else value.stride())
+        value = with_strides(value, following.stride if following else value.stride())
         self._older, self._newer = self._newer, Value(value, None)
         self._position = index
 
@@ -282,6 +256,9 @@ class Step:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
+        if self.rule.random_sign and not self.block.training:
+            plain: Tensor = type(self.block).forward(self.block, *args, **kwargs)
+            return plain
         x, side = self._split(args, kwargs)
         tape, z, older = self._take(x)
         if not tape.continues_at(self.index):
@@ -345,20 +322,21 @@ class Step:
     ) -> Tensor:
         """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come."""
         args, kwargs = side
+        sign = self._draw_sign(z) if older is not None and self.rule.random_sign else None
         recorded = saves_nothing()
         if recorded:
-            rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, branch_dtype, *args), kwargs))
-            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, z.stride(), _checksum(z)))
+            rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, None, branch_dtype, *args), kwargs))
+            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, z.stride(), checksum(z), sign))
             gap, t, late = rerun.first(
-                lambda: self._branch(z, older, branch_dtype, *args, **kwargs),
+                lambda: self._branch(z, older, sign, branch_dtype, *args, **kwargs),
                 z.device,
                 partial(tape.load, self.index),
             )
         else:
-            gap, t, late = self._branch(z, older, branch_dtype, *args, **kwargs)
+            gap, t, late = self._branch(z, older, sign, branch_dtype, *args, **kwargs)
         value, residue = t, None
         if older is not None:
-            value, residue = Join.apply(t, gap, late, self.rule.bits, self.rule.grid)
+            value, residue = Join.apply(t, gap, late, self.rule.bits, self.rule.grid, sign)
             tape.observe(self.index, gap)
             if late is not None:
                 tape.observe(self.index, gap.detach() - late.detach())
@@ -367,14 +345,25 @@ class Step:
             tape.advance(self.index, t, value, residue)
         return value
 
+    def _draw_sign(self, z: Tensor) -> Tensor:
+        """±1 for each sample, from the user's random numbers (BDIA, Zhang et al. 2025)."""
+        coins = torch.randint(0, 2, (len(z), *(1,) * (z.dim() - 1)), device=z.device)
+        return coins.to(z.dtype) * 2 - 1
+
     def _branch(
-        self, z: Tensor, older: Tensor | None, branch_dtype: torch.dtype, *args: Any, **kwargs: Any
+        self,
+        z: Tensor,
+        older: Tensor | None,
+        sign: Tensor | None,
+        branch_dtype: torch.dtype,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """u = z[k-1] − a(z[k]), or a(z[k]) alone where z[k-1] is what is sought; T(z[k]); c(T(z[k]))."""
         first = self.index == 0
         forecast = z if first else self.predictor.before(z)
         if older is not None:
-            forecast = Gap.apply(older, forecast, self.rule.bits)
+            forecast = Gap.apply(older, forecast, self.rule.bits, sign)
         if isinstance(self.stream, int):
             args = (*args[: self.stream], z.to(branch_dtype), *args[self.stream + 1 :])
         else:
@@ -398,31 +387,12 @@ class Step:
         return forecast.detach(), t.detach(), None if late is None else late.detach()
 
 
-def _check_repeats(names: tuple[str, ...], repeats: list[tuple[int, Tensor]]) -> None:
-    """Refuse gradients from blocks that did not repeat themselves; `repeats` is empty afterwards."""
-    if not repeats:
-        return
-    different = torch.stack([differs for _, differs in repeats]).tolist()
-    indices = [index for index, _ in repeats]
-    repeats.clear()
-    if any(different):
-        raise ReplayError(
-            f"{names[indices[different.index(True)]]} returned other values when it was run again in backward, so the "
-            f"gradients just computed are wrong: discard them. {LIKELY_CAUSES}"
-        )
-
-
 def _same_place(one: Tensor, other: Tensor) -> bool:
     return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
-def _checksum(z: Tensor) -> Tensor:
-    """A number that nearly any change of a bit changes: the sum of the values' bit patterns, wrapping around."""
-    bits = torch.int64 if z.element_size() == 8 else torch.int32
-    return z.detach().view(bits).sum(dtype=bits)
-
-
-def _with_strides(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+def with_strides(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The same values, laid out in memory with these strides."""
     if values.stride() == stride:
         return values
     return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device).copy_(values)

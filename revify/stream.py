@@ -97,14 +97,14 @@ class Gap(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, older: Tensor, forecast: Tensor, bits: int) -> Tensor:
-        ctx.gamma = 2.0**-bits
+    def forward(ctx: Any, older: Tensor, forecast: Tensor, bits: int, sign: Tensor | None = None) -> Tensor:
+        ctx.gamma = gain(bits, sign)
         return older - forecast
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad = grad if ctx.gamma == 1 else grad * ctx.gamma
-        return grad, -grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad = grad if ctx.gamma is None else grad * ctx.gamma
+        return grad, -grad, None, None
 
 
 class Join(Function):
@@ -112,11 +112,11 @@ class Join(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid
+        ctx: Any, t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid, sign: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.gamma = 2.0**-bits
+        ctx.gamma = gain(bits, sign)
         ctx.set_materialize_grads(False)
-        value, residue = step(t, gap if late is None else gap - late, bits, grid)
+        value, residue = step(t, gap if late is None else gap - late, bits, grid, sign)
         if residue is not None:
             ctx.mark_non_differentiable(residue)
         return value, residue
@@ -124,12 +124,22 @@ class Join(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
-        late = grad * -ctx.gamma if ctx.needs_input_grad[2] else None
-        return grad, grad, late, None, None
+            return None, None, None, None, None, None
+        late = None
+        if ctx.needs_input_grad[2]:
+            late = -grad if ctx.gamma is None else grad * -ctx.gamma
+        return grad, grad, late, None, None, None
 
 
-def step(t: Tensor, gap: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def gain(bits: int, sign: Tensor | None) -> Tensor | float | None:
+    """γ = ±2^-b, None where that is 1."""
+    gamma = 2.0**-bits
+    return sign * gamma if sign is not None else gamma if bits else None
+
+
+def step(
+    t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """z[k+1] and the packed residue from T(z[k]) and the gap u.
 
     Args:
@@ -137,6 +147,7 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor 
         gap: u = z[k-1] − q(z[k]) on the grid, same shape.
         bits: b, 0…8.
         grid: the grid of both.
+        sign: of γ, ±1 for each sample, [n, 1, …]; None for +1.
 
     Returns:
         z[k+1], same shape, and ceil(b·n/8) bytes (a few more where b is no power of two), or None at 0 bits.
@@ -144,20 +155,25 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid) -> tuple[Tensor, Tensor 
     """
     with torch.no_grad():
         if bits == 0:
-            return t + gap, None
+            return t + (gap if sign is None else gap * sign), None
         points = gap * grid.scale
         kept = points * 2.0**-bits
         kept.floor_()
         residue = torch.empty_like(t, dtype=torch.uint8).copy_(points.sub_(kept, alpha=2.0**bits))
         del points
-        value = torch.add(t, kept.mul_(1 / grid.scale))
+        kept.mul_(1 / grid.scale)
+        value = torch.add(t, kept if sign is None else kept.mul_(sign))
         return value, pack(residue, bits)
 
 
-def unstep(value: Tensor, t: Tensor, residue: Tensor | None, bits: int, grid: Grid) -> Tensor:
+def unstep(
+    value: Tensor, t: Tensor, residue: Tensor | None, bits: int, grid: Grid, sign: Tensor | None = None
+) -> Tensor:
     """The gap u of `step`, from z[k+1], T(z[k]) and the packed residue."""
     with torch.no_grad():
         gap = value - t
+        if sign is not None:
+            gap.mul_(sign)
         if residue is not None:
             gap.mul_(2.0**bits).add_(unpack(residue, bits, t), alpha=1 / grid.scale)
         return gap

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -418,3 +419,11 @@ def test_a_form_without_memory_has_its_row() -> None:
     assert "plain" in text
     assert "out of memory" in text
     assert "50.00%" in text
+
+
+def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It holds timm's accuracy against the run's."""
+    script = Path(__file__).parents[1] / "examples" / "finetune_digits.py"
+    main = runpy.run_path(str(script))["main"]
+    main("test_vit", 1, tmp_path / "run")
+    assert "by timm alone" in capsys.readouterr().out

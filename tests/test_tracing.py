@@ -122,7 +122,7 @@ def test_a_real_run_leaves_buffers_and_random_numbers_alone() -> None:
 
     model = Real()
     with Unchanged(model):
-        observe(model, model.example_of(1) if hasattr(model, "example_of") else [torch.ones(zoo.IMAGE)])
+        observe(model, [torch.ones(zoo.IMAGE)])
 
 
 def test_example_that_does_not_fit_is_refused_with_its_shape() -> None:

@@ -1,0 +1,101 @@
+"""What makes a backward trustworthy: the range in which the grid is exact, and whether a second run gave the same bits.
+
+Both are looked at late and all at once, since reading a number from a device makes it wait.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from revify.errors import GridRangeError, ReplayError
+from revify.reruns import LIKELY_CAUSES
+from revify.stream import Grid
+
+
+class Peaks:
+    """How far the values of one forward pass went out on the grid.
+
+    Args:
+        grid: of the stream.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._peaks: list[tuple[str, Tensor]] = []
+
+    def observe(self, name: str, *values: Tensor) -> None:
+        """Note the extremes of values that the step of this name gave."""
+        self._peaks += [(name, torch.stack(torch.aminmax(v.detach()))) for v in values if v.numel()]
+
+    def check(self) -> None:
+        """Refuse values outside of the range where the grid is exact."""
+        if not self._peaks:
+            return
+        peaks = torch.stack([extremes for _, extremes in self._peaks]).abs().amax(dim=1)
+        names = [name for name, _ in self._peaks]
+        self._peaks = []
+        limit = self.grid.limit(peaks.dtype)
+        outside = ~(peaks < limit)
+        if not bool(outside.any()):
+            return
+        where = int(outside.nonzero()[0])
+        peak = float(peaks[where])
+        if not torch.isfinite(peaks[where]):
+            raise GridRangeError(
+                f"{names[where]}: its stream values are no longer finite ({peak}). Training has diverged, or "
+                "the input was not finite: lower the learning rate, clip gradients, or check the data."
+            )
+        raise GridRangeError(
+            f"{names[where]}: a stream value of magnitude {peak:.6g} is outside of the exact range ±{limit:g} of "
+            f"the grid with resolution 2^-{self.grid.resolution}, so its input could not be reconstructed. Convert "
+            f"with a coarser grid, for example grid={self._fitting_resolution(peak, limit)}."
+        )
+
+    def _fitting_resolution(self, peak: float, limit: float) -> int:
+        resolution = self.grid.resolution
+        while limit < 4 * peak:
+            resolution, limit = resolution - 1, limit * 2
+        return resolution
+
+
+class Repeats:
+    """For each second run of a block, whether it gave other values than the first."""
+
+    def __init__(self) -> None:
+        self._repeats: list[tuple[str, Tensor]] = []
+
+    def note(self, name: str, differs: Tensor) -> None:
+        """`differs`: one truth value, possibly still being computed."""
+        self._repeats.append((name, differs))
+
+    def check_in_the_end(self) -> None:
+        """Refuse the gradients of the running backward, at its end, if anything did not repeat itself."""
+        check = partial(_check_repeats, self._repeats)  # without the tape, which is to be freed
+        if torch._C._current_graph_task_id() >= 0:  # checking now would make the device wait at every block
+            Variable._execution_engine.queue_callback(check)
+        else:
+            check()
+
+
+def checksum(z: Tensor) -> Tensor:
+    """A number that nearly any change of a bit changes: the sum of the values' bit patterns, wrapping around."""
+    bits = torch.int64 if z.element_size() == 8 else torch.int32
+    return z.detach().view(bits).sum(dtype=bits)
+
+
+def _check_repeats(repeats: list[tuple[str, Tensor]]) -> None:
+    """Refuse gradients from blocks that did not repeat themselves; `repeats` is empty afterwards."""
+    if not repeats:
+        return
+    different = torch.stack([differs for _, differs in repeats]).tolist()
+    names = [name for name, _ in repeats]
+    repeats.clear()
+    if any(different):
+        raise ReplayError(
+            f"{names[different.index(True)]} returned other values when it was run again in backward, so the "
+            f"gradients just computed are wrong: discard them. {LIKELY_CAUSES}"
+        )

@@ -1,0 +1,167 @@
+"""The plan is a frozen record: it prints, goes through JSON unchanged, and counts bytes that are true."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+import zoo
+from test_memory import Ledger
+
+import revify
+from revify import Plan
+from revify.planning import FORMAT
+
+
+def plan_of(kind: type[zoo.Net], **options: object) -> Plan:
+    model = kind()
+    return revify.plan(model, model.example(), **options)
+
+
+@pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
+@pytest.mark.parametrize("options", [{}, {"bits": 2, "predictor": "midpoint", "grid": 9, "transitions": "checkpoint"}])
+def test_json_gives_the_same_plan_back(kind: type[zoo.Net], options: dict[str, object]) -> None:
+    plan = plan_of(kind, **options)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert str(again) == str(plan)
+    assert json.loads(plan.to_json())["format"] == FORMAT
+
+
+def test_json_of_a_timm_model() -> None:
+    plan = revify.plan(timm.create_model("test_vit"), transitions="checkpoint")
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "this text is no revify plan"),
+        ("[1]", "this text is no revify plan"),
+        ('{"stages": []}', "this text is no revify plan"),
+        (json.dumps({"format": FORMAT + 1}), f"this plan has format {FORMAT + 1}; .* install a newer revify"),
+        (json.dumps({"format": FORMAT, "stages": []}), "this revify plan is damaged .*: write it again with"),
+    ],
+)
+def test_text_that_is_no_plan(text: str, message: str) -> None:
+    with pytest.raises(revify.RevifyError, match=message):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize("key", ["stages", "refusals", "example", "grid"])
+def test_damaged_plan(key: str) -> None:
+    fields = json.loads(plan_of(zoo.PreNormBlocks).to_json())
+    del fields[key]
+    with pytest.raises(revify.RevifyError, match="this revify plan is damaged"):
+        Plan.from_json(json.dumps(fields))
+
+
+def test_plan_is_frozen() -> None:
+    plan = plan_of(zoo.PreNormBlocks)
+    for record, name in ((plan, "grid"), (plan.stages[0], "bits"), (plan.stages[0].blocks[0], "path")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, 1)
+
+
+def test_options_are_in_the_plan() -> None:
+    plan = plan_of(zoo.TwoStages, bits=2, predictor="midpoint", grid=9, transitions="checkpoint")
+    assert [(s.bits, s.predictor) for s in plan.stages] == [(2, "midpoint")] * 2
+    assert (plan.grid, plan.transitions, plan.model) == (9, "checkpoint", "TwoStages")
+    assert plan.example == ((2, 6, 4, 5),)
+
+
+def test_blocks_name_their_stream() -> None:
+    assert {b.stream for b in plan_of(zoo.SideInputsWithGradient).stages[0].blocks} == {"x"}
+    assert {b.stream for b in plan_of(zoo.PreNormBlocks).stages[0].blocks} == {0}
+
+
+def test_table_says_what_will_be_done() -> None:
+    text = str(plan_of(zoo.TwoStages, bits=3, transitions="checkpoint"))
+    assert "TwoStages, input 2×6×4×5" in text
+    assert "stages.0.0 … stages.0.2 (3 Convolutions)" in text
+    assert "6×4×5" in text
+    assert "post-activation" in text
+    assert "identity" in text
+    assert "checkpointed: transition" in text
+    assert "saved for backward: plain" in text
+    assert "predicted peak converted" in text
+
+
+def test_table_groups_refusals() -> None:
+    text = str(plan_of(zoo.DenseConcat))
+    assert "left as it is: blocks.0, blocks.1, blocks.2: its output is concatenated" in text
+
+
+def test_table_names_the_timm_architecture() -> None:
+    assert "test_vit (VisionTransformer), input 2×3×160×160" in str(revify.plan(timm.create_model("test_vit")))
+
+
+def test_transition_between_stages_is_checkpointed_and_stem_and_head_are_not() -> None:
+    plan = plan_of(zoo.TwoStages, transitions="checkpoint")
+    assert [c.path for c in plan.checkpointed] == ["transition"]
+    assert plan.checkpointed[0].input_bytes == 2 * 6 * 4 * 5 * 4
+    assert plan_of(zoo.TwoStages).checkpointed == ()
+
+
+def test_transitions_of_timm_models_are_checkpointed() -> None:
+    plan = revify.plan(timm.create_model("resnet50"), torch.zeros(2, 3, 64, 64), transitions="checkpoint")
+    blocks = {b.path for stage in plan.stages for b in stage.blocks}
+    paths = {c.path for c in plan.checkpointed}
+    assert "layer2.0" in paths
+    assert not paths & blocks
+    assert not paths & {"conv1", "bn1", "act1", "maxpool", "global_pool", "fc"}
+
+
+def test_share_of_the_stages() -> None:
+    plan = plan_of(zoo.TwoStages)
+    inside = sum(stage.saved_bytes for stage in plan.stages)
+    assert plan.stage_share == inside / plan.saved_bytes
+    assert 0.5 < plan.stage_share < 1
+
+
+def test_held_bytes_of_a_stage() -> None:
+    (stage,) = plan_of(zoo.PreNormBlocks, bits=2).stages
+    assert stage.held_bytes == 2 * 240 + 3 * (60 * 2 // 8)
+    (wide,) = revify.plan(zoo.PreNormBlocks().double(), torch.zeros(zoo.TOKENS).double(), bits=2).stages
+    assert wide.held_bytes == 2 * 480 + 3 * (60 * 2 // 8)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet26"])
+def test_prediction_is_near_the_truth(name: str, bits: int) -> None:
+    """What lives after forward, plus the largest block, against what the plan predicts."""
+    torch.manual_seed(0)
+    model, x = timm.create_model(name), torch.randn(2, 3, 96, 96)
+    if hasattr(model, "set_input_size"):
+        model.set_input_size((96, 96))
+    converted = revify.convert(model, x, bits=bits)
+    plan = converted.revify_plan
+    with Ledger() as ledger:
+        output = converted(x)
+        alive = ledger.alive()
+    del output
+    largest = max(stage.largest_block_bytes for stage in plan.stages)
+    assert 0.75 < (alive + largest) / plan.predicted_bytes < 1.1
+
+
+SURVEY = {
+    "resnet50": [2, 3, 5, 2],
+    "vit_small_patch16_224": [12],
+    "swin_tiny_patch4_window7_224": [2, 2, 6, 2],
+    "convnext_tiny": [3, 3, 9, 3],
+    "efficientnetv2_rw_s": [2, 3, 3, 5, 8, 14],
+    "mixer_b16_224": [12],
+}
+
+
+@pytest.mark.parametrize("name", SURVEY)
+def test_stages_are_those_of_the_survey(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    plan = revify.plan(model)
+    assert [len(stage.blocks) for stage in plan.stages] == SURVEY[name]
+    assert plan.architecture == name
+    assert plan.traced == "whole"
