@@ -15,6 +15,7 @@ from revify.errors import (
 )
 from revify.measuring import measure
 from revify.planning import Plan
+from revify.reversible import Reversible, ReversibleSequence
 from revify.runtime import plain_backward
 
 __version__ = "0.1.0"
@@ -25,6 +26,8 @@ __all__ = [
     "Plan",
     "RefusalError",
     "ReplayError",
+    "Reversible",
+    "ReversibleSequence",
     "RevifyError",
     "StreamError",
     "calibrate",

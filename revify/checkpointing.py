@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from revify.compiling import hidden_from_compiler
 from revify.errors import StreamError
 from revify.replay import SideInputs
 from revify.reruns import Rerun
@@ -29,7 +30,7 @@ class Checkpointed:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @hidden_from_compiler
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
         if not saves_nothing():
             return self._run(*args, **kwargs)

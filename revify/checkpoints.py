@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -200,6 +199,8 @@ def _architecture_to_json(architecture: Mapping[str, Any] | None) -> str:
 
 def _check_architecture(architecture: Any) -> dict[str, Any]:  # Any: it comes out of JSON
     """Only what builds a plain module: no download, no other file to open."""
+    import timm  # here: importing it takes seconds
+
     name, kwargs = architecture["name"], architecture["kwargs"]
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]) or ":" in name:
         raise ValueError(f"{name!r} is not the name of a timm model")
@@ -254,6 +255,8 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _created(file: _File) -> nn.Module:
+    import timm  # here: importing it takes seconds
+
     if file.architecture is None:
         name = file.plan.architecture or file.plan.model
         raise CheckpointError(

@@ -5,6 +5,7 @@ Both are looked at late and all at once, since reading a number from a device ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +15,8 @@ from torch.autograd import Variable
 from revify.errors import GridRangeError, ReplayError
 from revify.reruns import LIKELY_CAUSES
 from revify.stream import Grid
+
+MAX_DRIFT = 1e-3  # of a reconstructed stream, relative; gradients are then off by about as much
 
 
 class Peaks:
@@ -74,11 +77,30 @@ class Repeats:
 
     def check_in_the_end(self) -> None:
         """Refuse the gradients of the running backward, at its end, if anything did not repeat itself."""
-        check = partial(_check_repeats, self._repeats)  # without the tape, which is to be freed
-        if torch._C._current_graph_task_id() >= 0:  # checking now would make the device wait at every block
-            Variable._execution_engine.queue_callback(check)
-        else:
-            check()
+        _in_the_end(partial(_check_repeats, self._repeats))  # without the tape, which is to be freed
+
+
+class Drifts:
+    """How far streams that were reconstructed in floats are from what they were."""
+
+    def __init__(self) -> None:
+        self._drifts: list[tuple[str, Tensor]] = []
+
+    def note(self, name: str, found: Tensor, expected: Tensor) -> None:
+        """Compare a sample of a stream with what it was."""
+        self._drifts.append((name, (found - expected).norm() / expected.norm().clamp_min(1e-30)))
+
+    def check_in_the_end(self) -> None:
+        """Refuse the gradients of the running backward, at its end, if the drift spoils them."""
+        _in_the_end(partial(_check_drifts, self._drifts))
+
+
+def _in_the_end(check: Callable[[], None]) -> None:
+    """Call it when the running backward ends: calling it now would make the device wait at every block."""
+    if torch._C._current_graph_task_id() >= 0:
+        Variable._execution_engine.queue_callback(check)
+    else:
+        check()
 
 
 def checksum(z: Tensor) -> Tensor:
@@ -98,4 +120,22 @@ def _check_repeats(repeats: list[tuple[str, Tensor]]) -> None:
         raise ReplayError(
             f"{names[different.index(True)]} returned other values when it was run again in backward, so the "
             f"gradients just computed are wrong: discard them. {LIKELY_CAUSES}"
+        )
+
+
+def _check_drifts(drifts: list[tuple[str, Tensor]]) -> None:
+    """Refuse gradients from streams that drifted too far; `drifts` is empty afterwards."""
+    if not drifts:
+        return
+    found = torch.stack([drift for _, drift in drifts])
+    names = [name for name, _ in drifts]
+    drifts.clear()
+    outside = ~(found <= MAX_DRIFT)
+    if bool(outside.any()):
+        where = int(outside.nonzero()[0])
+        raise ReplayError(
+            f"{names[where]}: its input as reconstructed in backward is off by {float(found[where]):.1e} of its size, "
+            f"more than {MAX_DRIFT:g}, so the gradients just computed are not to be trusted: discard them. Either the "
+            "inverse of the coupling magnifies rounding errors too much: use fewer blocks, float64, or a coupling that "
+            f"is exact on the grid. Or a branch did not repeat itself. {LIKELY_CAUSES}"
         )

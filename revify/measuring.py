@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -105,7 +105,7 @@ def measure(
         torch.get_num_threads(),
         repeats,
         torch.__version__,
-        timm.__version__,
+        version("timm"),
         __version__,
         *rows,
     )

@@ -1,8 +1,8 @@
-"""A sequence of couplings forward without keeping anything, and wound back, instruction by instruction, in backward.
+"""A sequence of couplings forward without keeping anything, and wound back by instructions in backward.
 
-Forward. Each coupling runs as its program. A branch is called under hooks that drop what autograd saves (`reruns`); what
-the operations around it save is replaced by its name in the program. The tape keeps the last streams and, where a
-product contracts, the packed residues.
+Forward. Each coupling runs as its program. A branch is called under hooks that drop what autograd saves (`reruns`);
+what the operations around it save is replaced by its name in the program. The tape keeps the last streams and, where
+a product contracts, the packed residues.
 
 Backward. When autograd first needs something that was dropped in layer k, the tape stands at the outputs of layer k, or
 is wound there, and takes instructions of the derived inverse. A branch is called there anyway: this call is also the
@@ -14,76 +14,25 @@ measured on samples of the streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from revify.algebra.programs import Apply, Call, Instruction, Program, names
+from revify.algebra.programs import Apply, Call, Instruction, names
 from revify.arithmetic import Numbers
 from revify.couplings import Coupling
 from revify.errors import StreamError
 from revify.guards import Drifts, Peaks, Repeats, checksum
+from revify.layers import Layer, Values, operands
 from revify.replay import SideInputs, version
 from revify.reruns import Rerun
 from revify.runtime import Value, with_strides
 
-Values = dict[str, Tensor]
-Sides = Mapping[str, Mapping[str, Any]]  # Any: side inputs of every type pass through
 SAMPLES = 256  # of each stream, to measure the drift
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One coupling of the sequence.
-
-    Args:
-        name: for errors.
-        coupling: with its inverse.
-        branches: by their letters in the formula.
-        sides: keyword arguments of each branch.
-    """
-
-    name: str
-    coupling: Coupling
-    branches: Mapping[str, nn.Module]
-    sides: Sides
-
-    def call(self, step: Call, numbers: Numbers, *values: Tensor, **side: Any) -> tuple[Tensor, ...]:
-        """What a branch gives for stream values, as stream values."""
-        called = f"{self.name}, branch {step.branch}"
-        versions = [version(value) for value in values]
-        branch = partial(self._given, self.branches[step.branch], numbers, side)
-        given = step.execute(dict(zip(_operands(step), values, strict=True)), {step.branch: branch})
-        if [version(value) for value in values] != versions:
-            raise StreamError(
-                f"{called} changes its input in place, so the stream cannot go through it. Make its first operation an "
-                "out-of-place one (for activations inplace=False)."
-            )
-        for result in given:
-            if not isinstance(result, Tensor):
-                raise StreamError(f"{called} gave a {type(result).__name__}: expected a tensor, which is added to a stream.")
-        return tuple(map(numbers.held, given))
-
-    def apply(self, step: Apply, numbers: Numbers, values: Values, shapes: set[torch.Size]) -> Tensor:
-        """What an operation between the branches gives."""
-        try:
-            return numbers.apply(step, values)
-        except RuntimeError as error:
-            found = ", ".join(f"{name} {tuple(values[name].shape)}" for name in names(step.operands))
-            raise StreamError(
-                f"{self.name}: the shapes of {found} do not fit each other; the streams came in as "
-                f"{', '.join(str(tuple(s)) for s in shapes)}. Each branch must give the shape of the stream that it is "
-                f"added to ({error})."
-            ) from error
-
-    @staticmethod
-    def _given(branch: nn.Module, numbers: Numbers, side: dict[str, Any], *values: Tensor) -> Any:
-        return branch(*(value.to(numbers.branch_dtype) for value in values), **side)
 
 
 @dataclass(slots=True)
@@ -159,8 +108,8 @@ class Rewind:
         if sorted(map(tuple, shapes)) != sorted({tuple(y.shape) for y in outputs}):
             raise StreamError(
                 f"{layer.name}: streams of shapes {', '.join(str(tuple(x.shape)) for x in streams)} came out as "
-                f"{', '.join(str(tuple(y.shape)) for y in outputs)}. Each branch must give the shape of the stream that "
-                "it is added to."
+                f"{', '.join(str(tuple(y.shape)) for y in outputs)}. Each branch must give the shape of the stream "
+                "that it is added to."
             )
         return outputs
 
@@ -178,7 +127,7 @@ class Rewind:
 
     def _call(self, k: int, step: Call, values: Values) -> tuple[Tensor, ...]:
         passage = self._passages[k]
-        layer, given = passage.layer, [values[name] for name in _operands(step)]
+        layer, given = passage.layer, [values[name] for name in operands(step)]
         side = dict(layer.sides.get(step.branch, {}))
         if not self.recorded:
             return layer.call(step, self.numbers, *given, **side)
@@ -213,7 +162,7 @@ class Rewind:
             self._stand_at(k)
             caught = False
             while not self._knows(step.results) and not caught:
-                caught = step.results in self._undo(catch=True)
+                caught = self._undo(catch=True) == step.results
             if not caught:
                 self._again(step, catch=True)
         self._repeats.check_in_the_end()
@@ -262,15 +211,20 @@ class Rewind:
 
     def _redo(self, k: int, inputs: list[Tensor]) -> None:
         """Stand at layer k, coming from before it, with everything known: only a second backward needs this."""
-        self._position, passage = k, self._passages[k]
-        coupling = passage.layer.coupling
-        self._values, self._ahead = {}, []
-        for name, value in zip(coupling.forward.inputs, inputs, strict=True):
+        self._position, self._values, self._ahead = k, {}, []
+        for name, value in zip(self._coupling.forward.inputs, inputs, strict=True):
             self._learn(name, value)
-        for step in coupling.forward.instructions:
+        self._fill()
+
+    def _fill(self) -> None:
+        """Know every value of the layer, once its inputs are."""
+        passage, bits = self._passages[self._position], self.numbers.bits(self._coupling)
+        for step in self._coupling.forward.instructions:
+            if self._knows(step.results):
+                continue
             if isinstance(step, Call):
                 self._again(step, catch=False)
-            elif step.result in self.numbers.bits(coupling):
+            elif step.result in bits:
                 value, passage.residues[step.result] = self.numbers.contract(step, self._values)
                 self._learn(step.result, value)
             else:
@@ -278,8 +232,11 @@ class Rewind:
 
     def _undo(self, *, catch: bool) -> tuple[str, ...]:
         """Take the next instruction of the inverse, with all operations that follow a call; the call's results."""
-        passage, called = self._passages[self._position], ()
-        if isinstance(self._ahead[0], Call):
+        passage = self._passages[self._position]
+        called: tuple[str, ...] = ()
+        if not self._ahead:
+            self._fill()  # what the inverse did not need
+        elif isinstance(self._ahead[0], Call):
             step = self._ahead.pop(0)
             assert isinstance(step, Call)  # as asked above; mypy does not see it through the list
             self._again(step, catch=catch)
@@ -287,19 +244,18 @@ class Rewind:
         while self._ahead and isinstance(step := self._ahead[0], Apply):
             self._ahead.pop(0)
             bits = self.numbers.bits(self._coupling)
-            if step.undoes in bits:
+            if step.undoes is not None and step.undoes in bits:
                 value = self.numbers.expand(step, self._values, passage.residues[step.undoes], bits[step.undoes])
             else:
                 value = self.numbers.apply(step, self._values)
             self._learn(step.result, value)
-            if step.result in passage.marks:
-                self._repeats.note(passage.layer.name, *self._compare(value, passage.marks[step.result]))
+            self._check(step.result)
         return called
 
     def _again(self, step: Call, *, catch: bool) -> None:
         """Run a branch again on values that are known."""
         passage = self._passages[self._position]
-        given = [self._values[n].detach().requires_grad_(passage.needs_grad[n]) for n in _operands(step)]
+        given = [self._values[n].detach().requires_grad_(passage.needs_grad[n]) for n in operands(step)]
         results = passage.reruns[step.results].again(*given, catch=catch)
         for name, result in zip(step.results, results, strict=True):
             self._learn(name, result.detach())
@@ -313,38 +269,21 @@ class Rewind:
     def _mark(self, stream: Tensor) -> Tensor:
         return sample(stream) if self.numbers.grid is None else checksum(stream)
 
-    def _compare(self, value: Tensor, mark: Tensor) -> tuple[Tensor, ...]:
-        """What is noted of a reconstructed stream: whether it differs, or how far it drifted and how large it is."""
-        if self.numbers.grid is not None:
-            return (checksum(value) != mark,)
-        return (sample(value) - mark).abs().max(), mark.abs().max()
-
-
-def backwards(layer: Layer, numbers: Numbers, outputs: tuple[Tensor, ...], residues: Values) -> tuple[Tensor, ...]:
-    """The input streams of a layer from its outputs, under ordinary autograd."""
-    program, bits = layer.coupling.inverse, numbers.bits(layer.coupling)
-    values = dict(zip(program.inputs, outputs, strict=True))
-    for step in program.instructions:
-        if isinstance(step, Call):
-            given = [values[name] for name in _operands(step)]
-            results = layer.call(step, numbers, *given, **dict(layer.sides.get(step.branch, {})))
-            values |= zip(step.results, results, strict=True)
-        elif step.undoes in bits:
-            values[step.result] = numbers.expand(step, values, residues[step.undoes], bits[step.undoes])
+    def _check(self, name: str) -> None:
+        """Compare an input stream of the layer, once it is known, with what came in."""
+        passage, value = self._passages[self._position], self._values[name]
+        if name not in passage.marks:
+            return
+        if isinstance(self._repeats, Drifts):
+            self._repeats.note(passage.layer.name, sample(value), passage.marks[name])
         else:
-            values[step.result] = layer.apply(step, numbers, values, {y.shape for y in outputs})
-    return tuple(values[name] for name in program.outputs)
+            self._repeats.note(passage.layer.name, checksum(value) != passage.marks[name])
 
 
 def sample(stream: Tensor) -> Tensor:
     """Up to SAMPLES values, evenly spread."""
     flat = stream.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
-
-
-def _operands(step: Call) -> tuple[str, ...]:
-    """The values that a call is given, each once."""
-    return tuple(dict.fromkeys(names(step.operands)))
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:

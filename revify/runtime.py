@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify.compiling import hidden_from_compiler
 from revify.errors import StreamError
 from revify.guards import Peaks, Repeats, checksum
 from revify.predictors import Predictor
@@ -254,7 +255,7 @@ class Step:
     def name(self) -> str:
         return self.rule.names[self.index]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @hidden_from_compiler
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
         if self.rule.random_sign and not self.block.training:
             plain: Tensor = type(self.block).forward(self.block, *args, **kwargs)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 
 from revify.architectures import Architecture, create
@@ -127,6 +128,27 @@ def test_a_run_writes_what_it_promises(finished: Result) -> None:
         assert plot.size[0] > 600
     stored = json.loads((finished.out / "result.json").read_text())
     assert stored["outcomes"][0]["accuracy"] == finished.outcome("converted").accuracy
+
+
+def test_the_learning_rate_follows_timms_schedule(finished: Result) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
+    updates = 36 // 8
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=2,
+        warmup_epochs=1,
+        warmup_lr=2e-5,
+        min_lr=1e-6,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    expected = []
+    for update in range(2 * updates):
+        expected.append(optimizer.param_groups[0]["lr"])  # what the update with this number, from 0, uses
+        schedule.step_update(update + 1)
+    assert [epoch.lr for epoch in finished.epochs] == [expected[updates - 1], expected[2 * updates - 1]]
+    assert len(set(expected)) == len(expected)
 
 
 def test_the_plain_checkpoint_is_the_converted_model_reverted(finished: Result, images: Path) -> None:

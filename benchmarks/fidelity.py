@@ -1,0 +1,93 @@
+"""How far conversion alone changes pretrained networks: accuracy or cosine over bits × predictor, without training.
+
+    python benchmarks/fidelity.py [--models resnet20 resnet56 vit_small] [--calibrate 256] [--test 1000] [--bits 0 1 2 3]
+
+Calibration images come from the training split, the
+figures from the test split (CIFAR-10) or the validation photos (flowers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from common import Results
+from pretrained import cifar10, cifar_resnet, flowers, vit_small
+from torch import Tensor, nn
+
+import revify
+from revify.predictors import CALIBRATED, FIXED
+
+PREDICTORS = (*FIXED, *CALIBRATED, "auto")
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Top-1, 0…1."""
+    with torch.no_grad():
+        found = torch.cat([model(part).argmax(1) for part in images.split(250)])
+    return float((found == labels).double().mean())
+
+
+def cosine(model: nn.Module, images: Tensor, wanted: Tensor) -> float:
+    """Mean cosine of the CLS feature to the original's."""
+    with torch.no_grad():
+        found = torch.cat([model(part) for part in images.split(25)])
+    return float(torch.cosine_similarity(found, wanted).mean())
+
+
+def subject(name: str, calibrate: int, test: int) -> tuple[nn.Module, Tensor, Callable[[nn.Module], float]]:
+    """The network, its calibration images and its score."""
+    if name == "vit_small":
+        model, images = vit_small(), flowers("val")[0][:test]
+        with torch.no_grad():
+            wanted = torch.cat([model(part) for part in images.split(25)])
+        photos = flowers("train")[0]
+        photos = torch.cat([photos, photos.flip(3)])  # mirror images are as good
+        chosen = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))[:calibrate]
+        return model, photos[chosen], lambda m: cosine(m, images, wanted)
+    model = cifar_resnet(int(name.removeprefix("resnet")))
+    images, labels = cifar10("test", test)
+    return model, cifar10("train", calibrate)[0], lambda m: accuracy(m, images, labels)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56", "vit_small"])
+    parser.add_argument("--predictors", nargs="+", default=list(PREDICTORS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--calibrate", type=int, default=256, help="calibration images")
+    parser.add_argument("--test", type=int, default=1000, help="test images")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="fidelity", help="of the result file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    columns = {"model": 10, "predictor": 10, "form": 10, "bits": 4, "score": 8, "of original": 11, "seconds": 7}
+    results = Results(args.name, columns)
+    for name in args.models:
+        model, images, score = subject(name, args.calibrate, args.test)
+        original = score(model)
+        results.row(name, "–", "original", "–", original, 1.0, 0)
+        for predictor in args.predictors:
+            for bits in args.bits:
+                start = time.perf_counter()
+                fitted = predictor not in FIXED
+                converted = revify.convert(
+                    model, images[:2], predictor="identity" if fitted else predictor, bits=bits, grid=10
+                )
+                if fitted:
+                    converted = revify.calibrate(converted, images, predictor=predictor)
+                seconds = time.perf_counter() - start
+                try:
+                    value = score(converted.eval())
+                except revify.GridRangeError:
+                    value = float("nan")  # the stream ran away: no function is left to measure
+                form = converted.revify_plan.stages[-1].predictor
+                results.row(name, predictor, form, bits, value, value / original, round(seconds))
+    return results.write()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
