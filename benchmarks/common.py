@@ -58,9 +58,7 @@ class Results:
         self.say(self._aligned(cells))
 
     def _aligned(self, cells: list[str]) -> str:
-        return "  ".join(
-            cell.ljust(width) for cell, width in zip(cells, self.columns.values(), strict=True)
-        ).rstrip()
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, self.columns.values(), strict=True)).rstrip()
 
     def target(self, what: str, value: float, limit: float) -> None:
         """Say whether `value` is no more than `limit`."""

@@ -40,7 +40,9 @@ PLANS = ("name", "family", "structure", "stages", "blocks", "share", "removed", 
 CHECKS = ("name", "family", "structure", "size", "stages", "blocks", "status", "reason", "seconds")
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 PLAN_SECONDS, CHECK_SECONDS = 60, 120
-LARGEST = 400_000_000  # parameters of a model that is run
+DEEP = 20_000_000  # parameters from which a model is made shallower, where it has an argument for that
+LARGEST = 150_000_000  # parameters of a model that is run
+DEPTHS = ({"depth": 4}, {"depths": (2, 2, 2, 2)}, {"depths": (1, 2, 2, 1)}, {"layers": (2, 2, 2, 2)}, {"layers": (1, 2, 2, 1)})
 Row = dict[str, Any]
 
 
@@ -86,10 +88,12 @@ def main() -> int:
     _sweep("survey", survey, names, lambda name: _survey(name))
     chosen = representatives(list(survey.rows.values()))
     wanted = [n for n in (names if arguments.all else chosen) if fnmatch.fnmatch(n, arguments.only)]
-    _sweep("plans", plans, wanted, lambda name: {**_about(survey.rows[name]), **_planned(name)})
-    runnable = [n for n in chosen if n in wanted and plans.rows[n]["status"] == "converted"]
-    if not arguments.no_checks:
-        _sweep("checks", checks, runnable, lambda name: {**_about(survey.rows[name]), **_checked(survey.rows[name])})
+    if "plans" in arguments.parts:
+        _sweep("plans", plans, wanted, lambda name: {**_about(survey.rows[name]), **_planned(name)})
+    runnable = [n for n in chosen if n in wanted and plans.rows.get(n, {}).get("status") == "converted"]
+    runnable.sort(key=lambda n: int(survey.rows[n]["parameters"]))
+    if "checks" in arguments.parts:
+        _sweep("checks", checks, runnable, lambda n: {**_about(survey.rows[n]), **_checked(survey.rows[n], plans.rows[n])})
     figures = write_page(survey.rows, plans.rows, checks.rows, chosen)
     print(figures)
     bad = [r for r in (*plans.rows.values(), *checks.rows.values()) if r["status"] in ("crash", "failed")]
@@ -103,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="plan every entrypoint, not one of each structure")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names to plan and check")
     parser.add_argument("--again", nargs="*", default=[], metavar="PATTERN", help="names, families or statuses")
-    parser.add_argument("--no-checks", action="store_true", help="plans only")
+    parser.add_argument("--parts", nargs="+", default=["plans", "checks"], choices=["plans", "checks"])
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -178,15 +182,16 @@ def _planned(name: str) -> Row:
     }
 
 
-def _checked(about: Row) -> Row:
+def _checked(about: Row, plan: Row) -> Row:
     """One training step of a converted model against its oracle."""
     row: Row = {"size": "", "stages": 0, "blocks": 0, "reason": ""}
-    if int(about["parameters"]) > LARGEST:
-        return {**row, "status": "too large", "reason": f"{int(about['parameters']):,} parameters"}
     try:
         with _limit(CHECK_SECONDS):
-            kwargs, shape = reduced(about["name"])
-            row["size"] = "x".join(map(str, shape))
+            kwargs, shape = reduced(about["name"], int(plan["stages"]), int(about["parameters"]))
+            row["size"] = "x".join(map(str, shape)) + "".join(f" {k}={v}" for k, v in kwargs.items() if k[:2] in ("de", "la"))
+            parameters = sum(p.numel() for p in _on_meta(about["name"], **kwargs).parameters())
+            if parameters > LARGEST:
+                return {**row, "status": "too large", "reason": f"{parameters:,} parameters"}
             torch.manual_seed(0)
             model = timm.create_model(about["name"], **kwargs).train()
             found = check(model, torch.randn(2, *shape))
@@ -197,22 +202,25 @@ def _checked(about: Row) -> Row:
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {_one_line(error)}"}
 
 
-def reduced(name: str) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Arguments and an input shape that make the model run on a small image, with as many stages as it has otherwise."""
-    model = _on_meta(name)
-    wanted = len(revify.plan(model).stages)
-    full: tuple[int, ...] = tuple(model.pretrained_cfg["input_size"])
-    for size in (s for s in SIZES if s < full[-1]):
-        for kwargs in ({"img_size": size}, {}):
-            shape = (full[0], size, size)
-            try:
-                small = _on_meta(name, **kwargs)
-                if len(revify.plan(small, torch.empty(2, *shape, device="meta")).stages) == wanted:
-                    return _with_drops(name, kwargs), shape
-            except Timeout:
-                raise
-            except Exception:  # whatever a model does on a size that it does not take
-                continue
+def reduced(name: str, stages: int, parameters: int = 0) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Arguments and an input shape that make the model run on a small image, with as many stages as it has otherwise.
+
+    Large models are made shallower too, and may then have fewer stages.
+    """
+    full: tuple[int, ...] = tuple(_on_meta(name).pretrained_cfg["input_size"])
+    trials = [({**depth, **size}, side, 1) for depth in DEPTHS for side in SIZES[:3] for size in ({"img_size": side}, {})]
+    trials = trials if parameters > DEEP else []
+    trials += [(size, side, stages) for side in SIZES for size in ({"img_size": side}, {})]
+    for kwargs, side, least in trials:
+        if side >= full[-1]:
+            continue
+        shape = (full[0], side, side)
+        try:
+            small = _on_meta(name, **kwargs)
+            if len(revify.plan(small, torch.empty(2, *shape, device="meta")).stages) >= least:
+                return _with_drops(name, kwargs), shape
+        except Exception:  # whatever a model does with what it does not take
+            continue
     return _with_drops(name, {}), full
 
 

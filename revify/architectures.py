@@ -175,8 +175,7 @@ def _no_weights(name: str, reason: str) -> RevifyError:
 
 
 def _check_network(name: str) -> None:
-    """Fail at once where the hub client would try for a minute: nothing cached, no proxy, and no such "
-    "host."""
+    """Fail at once where the hub client would try for a minute: nothing cached, no proxy, no such host."""
     config = get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id or urllib.request.getproxies():
         return

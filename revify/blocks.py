@@ -12,9 +12,10 @@ something that does not depend on x, and, before an addition is met, activations
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from revify.tracing import Call, Observation, TensorInput, Trace, TracedCall, trace_block
+from revify.tracing import Call, Observation, TensorInput, Trace
 
 
 class Shortcut(StrEnum):
@@ -54,14 +55,16 @@ class ResidualBlock:
     """A module that adds to its input.
 
     Args:
-        call: its one call in the observed pass.
+        call: its one call in the observed pass; of several results, `output` is the one that is the stream.
         stream: the input that is the stream.
         shortcut: what lies on the shortcut.
+        result: which of several results is the stream, None where it returns one tensor.
     """
 
     call: Call
     stream: TensorInput
     shortcut: Shortcut
+    result: int | None = None
 
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -70,7 +73,7 @@ MOVES: set[Any] = {
     operator.getitem,
     *(torch.reshape, torch.permute, torch.transpose, torch.flatten, torch.squeeze, torch.unsqueeze, torch.roll),
     *(torch.cat, torch.chunk, torch.split, torch.unbind, torch.movedim, functional.pad),
-    *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
+    *("getitem", "select_result", "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
     *("roll", "movedim", "chunk", "split", "unbind", "to", "float", "type_as", "clone"),
 }
 ACTIVATIONS: set[Any] = {
@@ -85,7 +88,7 @@ def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Mo
 
     Args:
         observation: the calls of one forward pass.
-        trace: of the whole model; where it failed, each candidate is traced alone.
+        trace: of the whole model, or a recording of it.
         modules: the model's modules by path.
 
     Returns:
@@ -96,17 +99,31 @@ def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Mo
         counts[call.path] = counts.get(call.path, 0) + 1
     blocks = []
     for call in observation.calls:
-        if counts[call.path] > 1 or call.output is None or not list(modules[call.path].children()):
-            continue
-        for stream in call.inputs:
-            alike = (stream.shape, stream.dtype) == (call.shape, call.dtype)
-            if not alike or stream.changed or stream.key == call.output:
-                continue
-            shortcut = _shortcut_of(call, stream, trace, modules[call.path])
-            if shortcut is not None:
-                blocks.append(ResidualBlock(call, stream, shortcut))
-                break
+        if counts[call.path] == 1 and list(modules[call.path].children()):
+            found = [b for view in _views(call) for b in _blocks_of(view, call, trace)]
+            blocks += sorted(found, key=lambda block: -math.prod(block.call.shape))[:1]
     return tuple(blocks)
+
+
+def _views(call: Call) -> list[tuple[int | None, Call]]:
+    """The call as one that returns one tensor: itself, or with each of its results for its output."""
+    if call.output is not None:
+        return [(None, call)]
+    return [(r.position, replace(call, output=r.key, shape=r.shape, dtype=r.dtype)) for r in call.results]
+
+
+def _blocks_of(
+    view: tuple[int | None, Call], whole: Call, trace: Trace
+) -> Iterator[ResidualBlock]:
+    result, call = view
+    for stream in call.inputs:
+        alike = (stream.shape, stream.dtype) == (call.shape, call.dtype)
+        if not alike or stream.changed or stream.key == call.output:
+            continue
+        shortcut = _shortcut_of(whole, stream, result, trace)
+        if shortcut is not None:
+            yield ResidualBlock(call, stream, shortcut, result)
+            return
 
 
 def explain(
@@ -115,8 +132,9 @@ def explain(
     """Why a module that looks like a block is not part of a stage."""
     if count > 1:
         return Refusal(call.path, f"is called {count} times in one forward pass", "give each call a module of its own")
-    if call.output is None:
-        return Refusal(call.path, "does not return one tensor", "checkpoint it")
+    if call.output is None and block is None:
+        reason = "does not return a tensor, or several none of which is its input with something added"
+        return Refusal(call.path, reason, "checkpoint it")
     if any(i.changed for i in call.inputs):
         reason = "changes its input in place, which the backward would have to reconstruct"
         return Refusal(call.path, reason, "make its first operation out of place (activations: inplace=False)")
@@ -141,29 +159,20 @@ def _sizes(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape[1:])) or "a scalar"
 
 
-def _shortcut_of(call: Call, stream: TensorInput, trace: Trace, module: nn.Module) -> Shortcut | None:
-    if trace.graph is not None:
-        traced = trace.calls.get(call.path, [])
-        if len(traced) != 1:
-            return None
-        return find_shortcut(_argument(traced[0], stream.argument), traced[0].output, trace.modules)
-    alone = trace_block(module, call)
-    if alone.graph is None:
+def _shortcut_of(
+    call: Call, stream: TensorInput, result: int | None, trace: Trace
+) -> Shortcut | None:
+    calls = trace.calls.get(call.path, [])
+    if len(calls) != 1:
         return None
-    return find_shortcut(_argument(alone.calls[""][0], stream.argument), alone.calls[""][0].output, alone.modules)
-
-
-def _argument(call: TracedCall, argument: int | str) -> Any:
-    if isinstance(argument, int):
-        return call.args[argument] if argument < len(call.args) else None
-    return call.kwargs.get(argument)
+    return find_shortcut(calls[0].given(stream.argument), calls[0].result(result), trace.modules)
 
 
 def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | None:
     """What lies on the shortcut from node x to node y, or None where there is no shortcut."""
     if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
         return None
-    dependent = _dependent_on(x)
+    dependent = dependent_on(x)
     seen: set[tuple[fx.Node, bool]] = set()
     paths: list[tuple[fx.Node, bool, Shortcut]] = [(y, False, Shortcut.IDENTITY)]
     while paths:
@@ -192,7 +201,7 @@ def _weight(shortcut: Shortcut) -> int:
     return list(Shortcut).index(shortcut)
 
 
-def _dependent_on(x: fx.Node) -> set[fx.Node]:
+def dependent_on(x: fx.Node) -> set[fx.Node]:
     """The nodes whose values follow from x (sizes and types do not count as values)."""
     found, pending = {x}, [x]
     while pending:

@@ -11,10 +11,8 @@ it, √|∂y/∂x*[k+1]|² on average over some images: a ViT's class token coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,18 +25,26 @@ from revify.planning import BlockPlan, Plan, StagePlan
 from revify.predictors import CALIBRATED, hold_forecast, make_predictor
 from revify.rewriting import apply_plan, remove_plan
 from revify.stream import MAX_BITS, Grid, step
+from revify.surveying import (
+    Forecasts,
+    Survey,
+    Walk,
+    by_position,
+    find_importance,
+    first_of,
+    run_block,
+    start_walks,
+    survey_original,
+)
 
 CHUNK = 32  # images that run at a time where one large batch is given
 COST = 0.10  # of a block's multiply-adds that "auto" may spend on its predictor
 TOLERANCE = 0.05  # relative change of the model's output that bits="auto" allows
 
 LOOK = 8  # images on which it is found what the output depends on
-FLOOR = 0.1  # what a position counts at least, where the average counts 1
 SEEN = 2  # batches on which the deviation of the output is measured
 
 Progress = Callable[[str], None]
-Side = tuple[tuple[Any, ...], dict[str, Any]]  # Any: side inputs are of every type
-Forecasts = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,44 +56,6 @@ class Request:
     rank: int | None
     tolerance: float
     progress: Progress
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What the original does with each batch.
-
-    Args:
-        outputs: what it returns.
-        arrived: what enters each stage, by the path of its first block.
-        sides: the arguments of each block besides the stream, by path.
-        importance: how much each position of each block's output counts, by path, flat, 1 on average.
-    """
-
-    outputs: list[Any]  # Any: models return what they like
-    arrived: list[dict[str, Tensor]]
-    sides: list[dict[str, Side]]
-    importance: dict[str, Tensor]
-
-
-@dataclass(slots=True)
-class Walk:
-    """Where one batch of calibration images stands in a stage.
-
-    Args:
-        older: z[k-1].
-        z: z[k].
-        original: x*[k].
-        sides: for each block by path, the arguments besides the stream.
-        t: T(z[k]), while block k is being fitted.
-        aim: x*[k+1], while block k is being fitted.
-    """
-
-    older: Tensor
-    z: Tensor
-    original: Tensor
-    sides: dict[str, Side]
-    t: Tensor | None = None
-    aim: Tensor | None = None
 
 
 def calibrate(
@@ -139,8 +107,8 @@ def calibrate(
     request = Request(predictor, bits, rank, tolerance, progress or _silent)
     fitted: Forecasts = {}
     with _in_eval_mode(plain), torch.no_grad():
-        importance = _importance(apply_plan(plain, plan), plan, batches[0][:LOOK])
-        survey = _survey(plain, plan, batches, importance)
+        importance = find_importance(apply_plan(plain, plan), plan, batches[0][:LOOK])
+        survey = survey_original(plain, plan, batches, importance)
         for number in range(len(plan.stages)):
             plan, forecasts = _settle_stage(plain, plan, number, fitted, batches, survey, request)
             fitted.update(forecasts)
@@ -154,7 +122,7 @@ def deviation(outputs: Iterable[Any], wanted: Iterable[Any]) -> float:
     """|y − y*| / |y*| over all outputs; of a tuple or list the first element counts."""
     difference = total = 0.0
     for y, y_wanted in zip(outputs, wanted, strict=True):
-        y, y_wanted = _first(y), _first(y_wanted)
+        y, y_wanted = first_of(y), first_of(y_wanted)
         difference += float((y - y_wanted).double().square().sum())
         total += float(y_wanted.double().square().sum())
     return (difference / max(total, 1e-30)) ** 0.5
@@ -173,9 +141,11 @@ def _settle_stage(
     allowed = request.tolerance * (number + 1) / len(plan.stages)
     stage = plan.stages[number]
     asked = stage.bits if request.bits is None else request.bits
-    start = _walks(plain, _upto(plan, number), fitted, stage, batches, survey)
+    start = start_walks(plain, _upto(plan, number), fitted, stage, batches, survey)
     for bits in range(MAX_BITS + 1) if request.bits == "auto" else (int(asked),):
-        trial, forecasts = _fit_stage(plain, replace(stage, bits=bits), plan.grid, request, [replace(w) for w in start], survey.importance)
+        trial, forecasts = _fit_stage(
+            plain, replace(stage, bits=bits), plan.grid, request, [replace(w) for w in start], survey.importance
+        )
         trial_plan = replace(plan, stages=(*plan.stages[:number], trial, *plan.stages[number + 1 :]))
         partial_model = apply_plan(plain, _upto(trial_plan, number + 1), forecasts={**fitted, **forecasts})
         seen = batches[:SEEN]
@@ -188,7 +158,12 @@ def _settle_stage(
 
 
 def _fit_stage(
-    plain: nn.Module, stage: StagePlan, resolution: int, request: Request, walks: list[Walk], importance: dict[str, Tensor]
+    plain: nn.Module,
+    stage: StagePlan,
+    resolution: int,
+    request: Request,
+    walks: list[Walk],
+    importance: dict[str, Tensor],
 ) -> tuple[StagePlan, Forecasts]:
     """Walk the stage and fit each block's forecast; the walks end at the stage's output."""
     if stage.axis is None:
@@ -207,15 +182,15 @@ def _fit_stage(
         sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
         images = 0
         for walk in walks:
-            walk.t = grid.round(_run(block, planned.stream, walk.z, walk.sides[planned.path]))
-            walk.aim = _run(block, planned.stream, walk.original, walk.sides[planned.path])
+            walk.t = grid.round(run_block(block, planned.stream, walk.z, walk.sides[planned.path]))
+            walk.aim = run_block(block, planned.stream, walk.original, walk.sides[planned.path])
             if index > 0:
                 goal = (walk.t + gamma * walk.older - walk.aim) / gamma - walk.z
                 weight = importance[planned.path]
                 for half, part in enumerate(sums):
                     rows = slice((half + images) % 2, None, 2)
-                    x = torch.cat([_flat(walk.z[rows], axis), _flat(walk.t[rows], axis)], dim=1)
-                    part.add(x, _flat(goal[rows], axis), weight.repeat(len(x) // len(weight)))
+                    x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
+                    part.add(x, by_position(goal[rows], axis), weight.repeat(len(x) // len(weight)))
             images += len(walk.z)
         if index > 0:
             tensors = _forecast(sums, stage, channels, walks[0].z.device)
@@ -275,147 +250,25 @@ def _with_form(stage: StagePlan, predictor: str, rank: int | None, channels: int
 def _multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
     """What the block costs per element of its stream."""
     with FlopCounterMode(display=False) as counter:
-        _run(block, planned.stream, walk.z, walk.sides[planned.path])
+        run_block(block, planned.stream, walk.z, walk.sides[planned.path])
     return counter.get_total_flops() / 2 / walk.z.numel()
-
-
-def _importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Tensor]:
-    """How much the output depends on each position of each block's output, through the memory-free backward."""
-    planned = {block.path: stage for stage in plan.stages for block in stage.blocks}
-    grads: dict[str, Tensor] = {}
-
-    def remember(path: str, _: nn.Module, args: object, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(partial(grads.__setitem__, path))  # type: ignore[no-untyped-call]
-
-    handles = [converted.get_submodule(path).register_forward_hook(partial(remember, path)) for path in planned]
-    try:
-        with torch.enable_grad():
-            y = _first(converted(x))
-            signs = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-            leaves: list[Tensor] = [p for p in converted.parameters() if p.requires_grad]
-            torch.autograd.grad((y * signs.to(y)).sum(), leaves, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {}
-    for path, stage in planned.items():
-        size = 1
-        for axis, length in enumerate(stage.shape):
-            size *= 1 if axis in (0, stage.axis) else length
-        found[path] = torch.ones(size)
-        if path in grads and stage.axis is not None:
-            energy = _flat(grads[path].square(), stage.axis).sum(1).view(len(x), -1).mean(0).double()
-            found[path] = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
-    return found
-
-
-def _survey(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Tensor]) -> Survey:
-    """One pass of the original over the data: its outputs, what enters each stage, and the blocks' other arguments."""
-    paths = [planned.path for stage in plan.stages for planned in stage.blocks]
-    entrances = {stage.blocks[0].path for stage in plan.stages}
-    streams = {planned.path: planned.stream for stage in plan.stages for planned in stage.blocks}
-    survey = Survey([], [], [], importance)
-    for x in batches:
-        arrived: dict[str, Tensor] = {}
-        sides: dict[str, Side] = {}
-
-        def look(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            at = streams[path]
-            if path in entrances:  # noqa: B023  (called within this round of the loop)
-                arrived[path] = args[at] if isinstance(at, int) else kwargs[at]  # noqa: B023
-            holed = tuple(None if at == i else a for i, a in enumerate(args))
-            sides[path] = (holed, {name: None if at == name else a for name, a in kwargs.items()})  # noqa: B023
-
-        with _watched(plain, paths, look):
-            survey.outputs.append(plain(x))
-        survey.arrived.append(arrived)
-        survey.sides.append(sides)
-    return survey
-
-
-def _walks(
-    plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Tensor], survey: Survey
-) -> list[Walk]:
-    """Every batch at the entrance of a stage, in the converted model so far and in the original."""
-    converted = apply_plan(plain, upstream, forecasts=fitted) if upstream.stages else None
-    grid, first = Grid(upstream.grid), stage.blocks[0]
-    walks = []
-    for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
-        original = arrived[first.path]
-        z = grid.round(original if converted is None else _arriving(converted, first, x))
-        walks.append(Walk(z, z, original, sides))
-    return walks
-
-
-def _arriving(model: nn.Module, block: BlockPlan, x: Tensor) -> Tensor:
-    """What comes to a block; the rest of the model does not run."""
-
-    def stop(_: str, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Arrived(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream])
-
-    with _watched(model, [block.path], stop):
-        try:
-            model(x)
-        except _Arrived as arrived:
-            return arrived.value
-    raise RefusalError(f"{block.path} was not called on the calibration data, though it was on the plan's example.")
-
-
-class _Arrived(Exception):
-    """Ends a forward pass at a block."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-
-@contextmanager
-def _watched(model: nn.Module, paths: Iterable[str], look: Callable[..., None]) -> Iterator[None]:
-    """Call `look(path, module, args, kwargs)` before each of these modules runs."""
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(partial(look, path), with_kwargs=True) for path in paths
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(block: nn.Module, stream: int | str, z: Tensor, side: Side) -> Tensor:
-    args, kwargs = side
-    if isinstance(stream, int):
-        args = (*args[:stream], z, *args[stream + 1 :])
-    else:
-        kwargs = {**kwargs, stream: z}
-    output: Tensor = block(*args, **kwargs)
-    return output
 
 
 def _upto(plan: Plan, number: int) -> Plan:
     return replace(plan, stages=plan.stages[:number], checkpointed=())
 
 
-def _flat(values: Tensor, axis: int) -> Tensor:
-    return values.movedim(axis, -1).reshape(-1, values.shape[axis])
-
-
 def _batches(model: nn.Module, data: Tensor | Iterable[Any]) -> list[Tensor]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: list[Tensor] = []
     for batch in [data] if isinstance(data, Tensor) else data:
-        x = _first(batch)
+        x = first_of(batch)
         if not isinstance(x, Tensor):
             raise RevifyError(f"calibration data: expected batches of tensors, got {type(x).__name__}.")
         found += [x[start : start + CHUNK].to(device) for start in range(0, len(x), CHUNK)]
     if not found:
         raise RevifyError("calibration data: there is no batch in them. Give at least one, some 32 to 256 images.")
     return found
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple | list) else value
 
 
 class _in_eval_mode:
@@ -445,5 +298,3 @@ def _check_options(predictor: str, bits: int | str | None, tolerance: float) -> 
         raise RevifyError(f'bits={bits!r}: give a whole number from 0 to {MAX_BITS}, or "auto".')
     if not tolerance > 0:
         raise RevifyError(f"tolerance={tolerance!r}: give a relative error above 0, for example {TOLERANCE}.")
-
-

@@ -1,6 +1,6 @@
 """plan(), convert(), revert(): the whole story.
 
-    model ─observe, trace─▶ blocks ─▶ stages ─▶ Plan ─apply_plan─▶ converted model ─remove_plan─▶ plain model
+model ─observe, trace─▶ blocks ─▶ stages ─▶ Plan ─apply_plan─▶ converted model ─remove_plan─▶ plain model
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from revify.branches import cut_blocks, is_cut
 from revify.calibration import calibrate
 from revify.errors import RefusalError, RevifyError
 from revify.planning import Plan, group_reasons, make_plan
@@ -22,8 +23,9 @@ from revify.stream import MAX_BITS
 DEFAULT_BITS = 4
 DEFAULT_GRID = 12
 
-Example = Tensor | Sequence[Tensor] | None
-PredictorName = Literal["identity", "midpoint"]
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
+PredictorName = Literal["identity", "midpoint", "zero", "output"]
+Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
 
 
@@ -36,6 +38,7 @@ def plan(
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "keep",
     random_sign: bool = False,
+    unit: Unit = "block",
 ) -> Plan:
     """Say what `convert` would do to a model, without doing it.
 
@@ -49,12 +52,15 @@ def plan(
 
     Args:
         model: the model, which may be on any device.
-        example: one batch of input, or a tuple of positional inputs; only shapes and types matter. Without it, two
+        example: one batch of input, a tuple of positional inputs or a dictionary of keyword inputs; only shapes and
+            types matter. Without it, two
             images of the size in the model's timm configuration.
         predictor: of the previous stream value from the current one.
         bits: residue bits per element and step, 0…8: each costs b/8 byte and halves the change of the function.
         grid: resolution q; stream values are multiples of 2^-q within ±2^(24-q).
         transitions: "checkpoint" also checkpoints what lies between the stages.
+        unit: "branch" makes each residual addition of a pre-norm block a step of its own, so that only one branch's
+            activations live at a time; with predictor="identity" and bits=0 this is Rev-ViT. "block": whole blocks.
         random_sign: γ = ±2^-bits at random for each sample and step in training, so that the change of the function is
             zero on average, and the plain blocks in eval mode (BDIA, Zhang et al. 2025, with midpoint and one bit).
 
@@ -66,11 +72,14 @@ def plan(
         RevifyError: an option is out of its range.
     """
     _check_options(predictor, bits, grid, transitions)
+    if unit not in ("block", "branch"):
+        raise RevifyError(f'unit={unit!r} is not known: choose "block" or "branch".')
     _check_model(model)
     made = make_plan(
         model, _example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
     )
-    return replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
+    made = replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
+    return cut_blocks(made, model, _example_inputs(model, example)) if unit == "branch" else made
 
 
 def convert(
@@ -84,6 +93,7 @@ def convert(
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "keep",
     random_sign: bool = False,
+    unit: Unit = "block",
 ) -> nn.Module:
     """Make the residual stages of a model reversible, with a backward that stores no activations.
 
@@ -106,6 +116,7 @@ def convert(
         grid: as for `plan`.
         transitions: as for `plan`.
         random_sign: as for `plan`; not with calibration.
+        unit: as for `plan`; "branch" not with calibration.
 
     Returns:
         The converted model. Its plan is its attribute `revify_plan`.
@@ -119,10 +130,16 @@ def convert(
     """
     _check_model(model)
     if random_sign and calibration is not None:
-        raise RevifyError("random_sign is for fixed predictors: a calibrated one is fitted to γ > 0. Leave one of them out.")
+        raise RevifyError(
+            "random_sign is for fixed predictors: a calibrated one is fitted to γ > 0. Leave one of them out."
+        )
+    if calibration is not None and (unit == "branch" or (plan is not None and is_cut(plan))):
+        raise RevifyError(
+            'unit="branch" is for fixed predictors: predictors are fitted to whole blocks. Leave one out.'
+        )
     fixed = _fixed_options(calibration is not None, predictor, bits)
     if plan is None:
-        plan = _plan(model, example, **fixed, grid=grid, transitions=transitions, random_sign=random_sign)
+        plan = _plan(model, example, **fixed, grid=grid, transitions=transitions, random_sign=random_sign, unit=unit)
     if not plan.stages:
         reasons = "; ".join(f"{paths}: {reason}" for reason, paths in list(group_reasons(plan.refusals).items())[:4])
         raise RefusalError(
@@ -232,13 +249,17 @@ def _wrapper(model: nn.Module) -> str | None:
     return None
 
 
-def _example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
+def _example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | dict[str, Tensor]:
     if isinstance(example, Tensor):
         return (example,)
     if example is not None:
-        inputs = tuple(example)
-        if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-            raise RevifyError("example: expected a tensor or a tuple of tensors, the positional inputs of the model.")
+        inputs = dict(example) if isinstance(example, Mapping) else tuple(example)
+        tensors = inputs.values() if isinstance(inputs, dict) else inputs
+        if not inputs or not all(isinstance(x, Tensor) for x in tensors):
+            raise RevifyError(
+                "example: expected a tensor, a tuple of tensors (the positional inputs of the model) or a dictionary of "
+                "tensors (its keyword inputs)."
+            )
         return inputs
     size = _input_size(model)
     if size is None:

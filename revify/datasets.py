@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from revify.recipes import Recipe
 
 DIGITS = "digits"
 _VALIDATION_SHARE = 0.2
+_MOST_WORKERS = 4  # that are taken unasked
 _SPLIT_SEED = 0  # part of what the split is: the same in every run
 _TRAIN_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "validation", "valid")
@@ -144,7 +146,7 @@ def make_loaders(
         **config,
         "crop_pct": recipe.crop_pct or data.crop_pct or config["crop_pct"],
         "use_prefetcher": False,  # it is for CUDA; Accelerate moves the batches
-        "num_workers": recipe.workers if recipe.workers is not None else (0 if data.name == DIGITS else 4),
+        "num_workers": _workers(recipe, data),
         "persistent_workers": False,  # their random numbers would not survive a resume
         "pin_memory": torch.cuda.is_available(),
         "device": torch.device("cpu"),
@@ -165,6 +167,12 @@ def make_loaders(
     except (AssertionError, ValueError, KeyError) as error:
         raise RevifyError(f"timm refuses this augmentation (auto_augment={recipe.auto_augment!r}): {error}") from error
     return train, timm.data.create_loader(data.validation, batch_size=recipe.batch_size, **shared)
+
+
+def _workers(recipe: Recipe, data: ImageData) -> int:
+    if recipe.workers is not None:
+        return recipe.workers
+    return 0 if data.name == DIGITS else min(_MOST_WORKERS, os.cpu_count() or 1)
 
 
 def _digits(mode: str) -> ImageData:

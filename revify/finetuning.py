@@ -30,7 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -220,8 +220,7 @@ def _train(
     accelerator: Accelerator,
     progress: Progress,
 ) -> tuple[Outcome, tuple[Epoch, ...]]:
-    """Train a form: its row of the table, and its history, which is empty if the device is too small for "
-    "it."""
+    """Train a form: its row of the table, and its history, empty if the device is too small for it."""
     try:
         history = train(form, recipe, data, created.input_size, accelerator, progress)
     except torch.OutOfMemoryError:
@@ -264,9 +263,10 @@ def _revert(
     plain = revert(load(out / "best.safetensors", created.model))
     if accelerator.is_main_process:
         with telling_disk_errors(out):
-            partial_file = out / ".plain.safetensors.tmp"
-            save_model(plain, str(partial_file), {"format": "pt"})
-            os.replace(partial_file, out / "plain.safetensors")
+            temporary = out / ".plain.safetensors.tmp"
+            state = {name: value.cpu().clone().contiguous() for name, value in plain.state_dict().items()}
+            save_file(state, temporary, {"format": "pt"})  # clones: safetensors refuses memory that is shared
+            os.replace(temporary, out / "plain.safetensors")
     _, validation = make_loaders(data, recipe, plain, created.input_size)
     _, accuracy = evaluate(plain.to(accelerator.device), accelerator.prepare(validation), accelerator)
     return Outcome("reverted", accuracy, best_epoch(history).epoch, None, None)

@@ -41,9 +41,7 @@ class Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
 
-        return cls(
-            zeros(features, features), zeros(features, targets), zeros(targets), zeros(features), zeros(targets)
-        )
+        return cls(zeros(features, features), zeros(features, targets), zeros(targets), zeros(features), zeros(targets))
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Take in positions x [n, F] with targets y [n, C], counting each `weight` [n] times."""
@@ -129,7 +127,12 @@ def subtract(sums: Sums, fit: Fit) -> Sums:
 def take(sums: Sums, features: Sequence[int] | slice) -> Sums:
     """The normal equations on some of the features."""
     return Sums(
-        sums.gram[features][:, features], sums.cross[features], sums.square, sums.mean_x[features], sums.mean_y, sums.count
+        sums.gram[features][:, features],
+        sums.cross[features],
+        sums.square,
+        sums.mean_x[features],
+        sums.mean_y,
+        sums.count,
     )
 
 

@@ -98,9 +98,7 @@ def measure(
     return Report(
         type(model).__name__,
         tuple(tuple(value.shape) for value in inputs),
-        f"autocast {autocast}".replace("torch.", "")
-        if autocast
-        else str(inputs[0].dtype).replace("torch.", ""),
+        f"autocast {autocast}".replace("torch.", "") if autocast else str(inputs[0].dtype).replace("torch.", ""),
         describe(device),
         torch.get_num_threads(),
         repeats,
@@ -113,11 +111,7 @@ def measure(
 
 def mean_square(output: Any) -> Tensor:  # Any: whatever the model returns
     """The mean square of every floating-point tensor in a model's output, summed."""
-    values = [
-        value
-        for value in pytree.tree_leaves(output)
-        if isinstance(value, Tensor) and value.is_floating_point()
-    ]
+    values = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
     return torch.stack([value.float().square().mean() for value in values]).sum()
 
 
@@ -135,9 +129,7 @@ class _Step:
         with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
             result = self.loss(self.model(*self.inputs))
         if not isinstance(result, Tensor) or result.numel() != 1 or not result.requires_grad:
-            found = (
-                f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            )
+            found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
             raise RevifyError(f"measure: the loss must be one number that has a gradient; it is {found}.")
         return result
 
@@ -177,9 +169,7 @@ def _paired_ratio(times: list[float], rival: list[float]) -> float | None:
     return statistics.median(a / b for a, b in zip(times, rival, strict=True)) if times and rival else None
 
 
-def _forms(
-    model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None
-) -> tuple[list[nn.Module], list[str]]:
+def _forms(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None) -> tuple[list[nn.Module], list[str]]:
     """The model plain, checkpointed and converted, all sharing its parameters, and how each was made."""
     if "revify_plan" in vars(model):
         converted, plain = share(model), revert(model)
@@ -195,9 +185,7 @@ def _forms(
             form.train()
     blocks = sum(len(stage.blocks) for stage in used.stages)
     couplings = sorted({f"{stage.predictor}, {stage.bits} bits" for stage in used.stages})
-    made = (
-        f"{blocks} blocks, {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
-    )
+    made = f"{blocks} blocks, {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
     return forms, ["ordinary autograd", method, made]
 
 
@@ -217,35 +205,25 @@ def checkpoint_blocks(model: nn.Module, plan: Plan) -> str:
     return "torch.utils.checkpoint around each block of the plan"
 
 
-def _checked(
-    model: nn.Module, batch: Any, plan: Plan | None, repeats: int
-) -> tuple[Tensor, ...]:  # Any: user input
+def _checked(model: nn.Module, batch: Any, plan: Plan | None, repeats: int) -> tuple[Tensor, ...]:  # Any: user input
     inputs = batch if isinstance(batch, tuple) else (batch,)
     where = f"measure({type(model).__name__})"
     if not inputs or not all(isinstance(value, Tensor) for value in inputs):
-        raise RevifyError(
-            f"{where}: batch must be a tensor or a tuple of tensors, not {type(batch).__name__}."
-        )
+        raise RevifyError(f"{where}: batch must be a tensor or a tuple of tensors, not {type(batch).__name__}.")
     if any(value.numel() == 0 for value in inputs):
         shapes = [tuple(value.shape) for value in inputs]
         raise RevifyError(f"{where}: the batch of shape {shapes} is empty; give at least one example.")
     if repeats < 1:
         raise RevifyError(f"{where}: repeats is {repeats}; at least one timed run is needed.")
     if plan is not None and "revify_plan" in vars(model):
-        raise RevifyError(
-            f"{where}: the model is converted already, by its own plan; give plan= with a plain model."
-        )
+        raise RevifyError(f"{where}: the model is converted already, by its own plan; give plan= with a plain model.")
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
-        raise RevifyError(
-            f"{where}: no parameter requires a gradient, so there is no training step to measure."
-        )
+        raise RevifyError(f"{where}: no parameter requires a gradient, so there is no training step to measure.")
     devices = {value.device for value in [*inputs, *parameters]}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         found = ", ".join(sorted(map(str, devices)))
-        raise RevifyError(
-            f"{where}: model and batch must be on one device, the CPU or one CUDA device; found {found}."
-        )
+        raise RevifyError(f"{where}: model and batch must be on one device, the CPU or one CUDA device; found {found}.")
     return tuple(value.detach() for value in inputs)
 
 

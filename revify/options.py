@@ -44,6 +44,7 @@ examples:
   --resume
 on several devices:
   accelerate launch -m revify finetune vit_small_patch16_224 --data flowers/
+  torchrun --nproc-per-node 2 -m revify finetune vit_small_patch16_224 --data flowers/
 """,
 }
 
@@ -137,7 +138,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     run.add("--batch-size", int, "images per step and process")
     run.add("--grad-accum", int, "steps per update")
     run.add("--mixed-precision", str, "precision of the forward pass", choices=PRECISIONS)
-    run.add("--workers", int, "processes that load images (default: 4, and 0 for the digits)", default="")
+    run.add("--workers", int, "processes that load images (default: up to 4, and 0 for the digits)", default="")
     run.add("--seed", int, "of everything random")
     learning = _Group(parser, "learning")
     learning.add("--opt", str, "timm optimizer")
@@ -192,8 +193,7 @@ class _Group:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Without abbreviated options: a script must not change its meaning with the next option that is "
-    "added."""
+    """Without abbreviated options: the next option that is added must not change what a script means."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from revify.blocks import Refusal, ResidualBlock, concatenates, explain, find_blocks
 from revify.errors import RevifyError
+from revify.recording import record
 from revify.stages import Stage, channel_axis, group_stages
-from revify.tracing import Call, Observation, Trace, observe, trace, trace_block
+from revify.tracing import Call, Example, Observation, Trace, observe, tensors_of, trace
 
 FORMAT = 1
 
@@ -31,6 +32,9 @@ class BlockPlan:
         stream: which of its arguments is the stream, a position or a keyword.
         shortcut: identity, scaled, post-activation or post-norm.
         saved_bytes: what autograd saves within it.
+        branches: what autograd saves in each of the parts into which it is cut; empty where it is one step.
+        inputs: where it is cut, which of its arguments are tensors.
+        result: which of several results is the stream, None where the block returns one tensor.
     """
 
     path: str
@@ -38,6 +42,16 @@ class BlockPlan:
     stream: int | str
     shortcut: str
     saved_bytes: int
+    branches: tuple[int, ...] = ()
+    inputs: tuple[int | str, ...] = ()
+    result: int | None = None
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of its steps."""
+        if not self.branches:
+            return (self.path,)
+        return tuple(f"{self.path}, branch {number}" for number in range(len(self.branches)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +92,17 @@ class StagePlan:
     def held_bytes(self) -> int:
         """What the reversible stage holds: two stream values and the packed residues."""
         residue = self.stream_bytes // (8 if self.dtype == "float64" else 4) * self.bits // 8
-        return 2 * self.stream_bytes + (len(self.blocks) - 1) * residue
+        return 2 * self.stream_bytes + (len(self.steps) - 1) * residue
 
     @property
     def largest_block_bytes(self) -> int:
-        """What one block saves at most while it runs again."""
-        return max(block.saved_bytes for block in self.blocks)
+        """What one step saves at most while it runs again."""
+        return max(max(block.branches, default=block.saved_bytes) for block in self.blocks)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of its steps: the blocks' paths, or more where blocks are cut into branches."""
+        return tuple(name for block in self.blocks for name in block.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +185,7 @@ class Plan:
 
 def make_plan(
     model: nn.Module,
-    example: Sequence[Tensor],
+    example: Example,
     *,
     bits: int,
     predictor: str,
@@ -177,7 +196,7 @@ def make_plan(
 
     Args:
         model: any module; it stays as it is.
-        example: its positional inputs.
+        example: its inputs, by position or by keyword.
         bits: residue bits for every stage.
         predictor: for every stage.
         grid: resolution of the grid.
@@ -192,7 +211,7 @@ def make_plan(
     return Plan(
         model=type(model).__name__,
         architecture=architecture,
-        example=tuple(tuple(x.shape) for x in example),
+        example=tuple(tuple(x.shape) for x in tensors_of(example)),
         grid=grid,
         transitions=transitions,
         stages=tuple(_stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages),
@@ -207,7 +226,7 @@ def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> St
     call = stage.blocks[0].call
     return StagePlan(
         blocks=tuple(
-            BlockPlan(b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes)
+            BlockPlan(b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes, result=b.result)
             for b in stage.blocks
         ),
         shape=call.shape,
@@ -305,7 +324,7 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
                 **{
                     **stage,
                     "shape": tuple(stage["shape"]),
-                    "blocks": tuple(BlockPlan(**block) for block in stage["blocks"]),
+                    "blocks": tuple(BlockPlan(**_tuples(block)) for block in stage["blocks"]),
                 }
             )
             for stage in fields["stages"]
@@ -313,6 +332,11 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
         "checkpointed": tuple(CheckpointPlan(**c) for c in fields["checkpointed"]),
         "refusals": tuple(Refusal(**r) for r in fields["refusals"]),
     }
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _table(plan: Plan) -> str:
@@ -326,9 +350,10 @@ def _table(plan: Plan) -> str:
         table.add_column(column, justify="right")
     for number, stage in enumerate(plan.stages):
         first, last = stage.blocks[0], stage.blocks[-1]
+        cut = f", {len(stage.steps)} branches" if len(stage.steps) > len(stage.blocks) else ""
         table.add_row(
             str(number),
-            f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind})",
+            f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",
             "×".join(map(str, stage.shape[1:])),
             ", ".join(sorted({b.shortcut for b in stage.blocks})),
             f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor,

@@ -3,6 +3,8 @@
 A forecast is q = a(z[k]) + c(T(z[k])), in two parts: the part known before the branch runs, and the part that also
 looks at the branch's output. Both are grid values with a gradient.
 
+    zero       q = 0                              Dr²Net, MEFT
+    output     q = T(z)                           IDM at γ = 1/2
     identity   q = z                              Re2TAL, Rev-ViT, Reformer at γ = 1
     midpoint   q = 2z − T(z)                      leapfrog at γ = 1; BDIA at γ = ±1/2
     diagonal   q = s⊙z + s'⊙T(z) + d              per channel, calibrated
@@ -23,7 +25,7 @@ from revify.stream import Grid, OnGrid
 
 PREFIX = "revify_"  # of the names under which a block holds its fitted forecast
 CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
-FIXED = ("identity", "midpoint")
+FIXED = ("identity", "midpoint", "zero", "output")
 
 
 class Predictor(Protocol):
@@ -54,6 +56,26 @@ class Midpoint:
 
     def after(self, t: Tensor) -> Tensor | None:
         return -t
+
+
+class Zero:
+    """q(z) = 0: what came before is added with a small gain (Dr²Net, Zhao et al. 2024)."""
+
+    def before(self, z: Tensor) -> Tensor:
+        return torch.zeros_like(z)
+
+    def after(self, t: Tensor) -> Tensor | None:
+        return None
+
+
+class Output:
+    """q(z) = T(z): the next value is a mean of the block's output and the previous value (IDM, Wang et al. 2025)."""
+
+    def before(self, z: Tensor) -> Tensor:
+        return torch.zeros_like(z)
+
+    def after(self, t: Tensor) -> Tensor | None:
+        return t
 
 
 class Calibrated:
@@ -108,10 +130,9 @@ def make_predictor(name: str, block: nn.Module, axis: int | None, grid: Grid) ->
         axis: the stream's channel axis, needed by the calibrated ones.
         grid: of the stream.
     """
-    if name == "identity":
-        return Identity()
-    if name == "midpoint":
-        return Midpoint()
+    fixed: dict[str, type[Predictor]] = {"identity": Identity, "midpoint": Midpoint, "zero": Zero, "output": Output}
+    if name in fixed:
+        return fixed[name]()
     assert axis is not None  # the plan names the axis of every stage with a calibrated predictor
     return Calibrated(block, axis, grid)
 
@@ -171,8 +192,6 @@ def blank_forecast(predictor: str, channels: int, rank: int, like: Tensor) -> di
     return tensors
 
 
-def _keep_missing(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
-) -> None:
+def _keep_missing(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
     for name in forecast_names(module):
         state_dict.setdefault(prefix + name, getattr(module, name))

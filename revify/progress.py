@@ -17,8 +17,7 @@ from revify.outcomes import Epoch, Result
 
 
 class Progress:
-    """Where a run tells what it does; this one is silent. Errors raised here end the run as an interrupt "
-    "does."""
+    """Where a run tells what it does; this one is silent. An error raised here ends the run."""
 
     def note(self, text: str) -> None:
         """Something that the user should know, once."""

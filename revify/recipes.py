@@ -57,7 +57,7 @@ class Recipe:
         hflip: probability of a mirror image; None is .5, and 0 for the digits.
         scale: least and largest share of the image's area that a training crop takes.
         crop_pct: share of the image that validation looks at; None is the model's own, and 1 for the digits.
-        workers: processes that load images; None is 4, and 0 for the digits.
+        workers: processes that load images; None is up to 4, by the number of cores, and 0 for the digits.
         mixed_precision: "no", "bf16" or "fp16".
         seed: of everything random.
         resume: continue the run in `out`.

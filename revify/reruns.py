@@ -1,9 +1,9 @@
 """A module call whose saved tensors are dropped in forward and had again, by a second run, in backward.
 
 Autograd's graph is real; only what it saved is gone. Forward: every tensor that autograd saves is exchanged for a
-placeholder (parameters, buffers and side inputs pass through: they live anyway). Backward: the first placeholder that is asked for makes the owner run the module again, under hooks that
-catch the same tensors in the same order. Each is handed out once and then forgotten; asked for again (a second
-backward), it is made again.
+placeholder (parameters, buffers and side inputs pass through: they live anyway). Backward: the first placeholder that
+is asked for makes the owner run the module again, under hooks that catch the same tensors in the same order. Each is
+handed out once and then forgotten; asked for again (a second backward), it is made again.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Rerun:
         tensor, before = self._caught.pop(placeholder.index)
         if version(tensor) != before:
             raise StreamError(
-                f"{self.name}: a tensor of shape {tuple(tensor.shape)} that its backward needs was changed in place within "
-                "the block, which ordinary autograd refuses, too. Use the out-of-place operation."
+                f"{self.name}: a tensor of shape {tuple(tensor.shape)} that its backward needs was changed in place "
+                "within the block, which ordinary autograd refuses, too. Use the out-of-place operation."
             )
         if (tensor.shape, tensor.dtype) != (placeholder.shape, placeholder.dtype):
             raise ReplayError(
@@ -151,8 +151,8 @@ class Rerun:
         for parameter, before in self._parameters:
             if version(parameter) != before:
                 raise StreamError(
-                    f"{self.name}: a parameter of shape {tuple(parameter.shape)} was changed in place between forward and "
-                    "backward, so the block cannot be run again as it ran. Call optimizer.step() after backward()."
+                    f"{self.name}: a parameter of shape {tuple(parameter.shape)} was changed in place between forward "
+                    "and backward, so the block cannot be run again as it ran. Call optimizer.step() after backward()."
                 )
 
 

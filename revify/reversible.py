@@ -140,8 +140,8 @@ class ReversibleSequence(nn.Module):
         alike = {(b.dim, b.grid, len(b.coupling.forward.inputs)) for b in self.blocks if isinstance(b, Reversible)}
         if len(alike) != 1 or not all(isinstance(b, Reversible) for b in self.blocks):
             raise RevifyError(
-                "ReversibleSequence: expected at least one block, all of them revify.Reversible with the same dim, grid "
-                f"and number of streams; got {', '.join(type(b).__name__ for b in self.blocks) or 'none'} with "
+                "ReversibleSequence: expected at least one block, all of them revify.Reversible with the same dim, "
+                f"grid and number of streams; got {', '.join(type(b).__name__ for b in self.blocks) or 'none'} with "
                 f"{len(alike)} different settings."
             )
 

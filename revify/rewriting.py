@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from revify.checkpointing import Checkpointed
 from revify.errors import RefusalError
-from revify.planning import Plan, StagePlan
+from revify.planning import BlockPlan, Plan, StagePlan
 from revify.predictors import CALIBRATED, blank_forecast, drop_forecast, hold_forecast, make_predictor
 from revify.runtime import StageRule, Step
+from revify.segments import Segment, find_segments, with_stream
 from revify.stream import Grid
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -67,7 +68,7 @@ def remove_plan(model: nn.Module) -> nn.Module:
     """The plain module tree of a converted model, sharing its parameters and buffers."""
     plain = share(model)
     for module in plain.modules():
-        if isinstance(module.__dict__.get("forward"), Step | Checkpointed):
+        if isinstance(module.__dict__.get("forward"), Step | Steps | Checkpointed):
             del module.forward
             drop_forecast(module)
     del plain.revify_plan
@@ -82,8 +83,9 @@ def _install(
     trainable: bool,
 ) -> None:
     grid = Grid(resolution)
-    rule = StageRule(tuple(block.path for block in stage.blocks), stage.bits, grid, stage.random_sign)
-    for index, block in enumerate(stage.blocks):
+    rule = StageRule(stage.steps, stage.bits, grid, stage.random_sign)
+    index = 0
+    for block in stage.blocks:
         module = model.get_submodule(block.path)
         if index > 0 and stage.predictor in CALIBRATED:
             assert stage.axis is not None  # only stages with a known axis are calibrated
@@ -92,7 +94,45 @@ def _install(
                 stage.predictor, stage.shape[stage.axis], stage.rank, like
             )
             hold_forecast(module, tensors, trainable=trainable)
-        module.forward = Step(module, rule, index, make_predictor(stage.predictor, module, stage.axis, grid), block.stream)
+        predictor = make_predictor(stage.predictor, module, stage.axis, grid)
+        steps = tuple(
+            Step(module, rule, index + number, predictor, block.stream, transform, block.result)
+            for number, transform in enumerate(_transforms(module, block))
+        )
+        index += len(steps)
+        module.forward = steps[0] if len(steps) == 1 else Steps(steps)
+
+
+class Steps:
+    """Stands in for the forward of a block that is cut into branches: one step for each.
+
+    Args:
+        steps: in order.
+    """
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
+        stream = self.steps[0].stream
+        z = self.steps[0](*args, **kwargs)
+        for step in self.steps[1:]:
+            args, kwargs = with_stream(stream, z, args, kwargs)
+            z = step(*args, **kwargs)
+        return z
+
+
+def _transforms(module: nn.Module, block: BlockPlan) -> tuple[Segment | None, ...]:
+    """What the steps of a block compute; None for its whole forward."""
+    if not block.branches:
+        return (None,)
+    segments = find_segments(module, block.stream, block.inputs)
+    if len(segments) != len(block.branches):
+        raise RefusalError(
+            f"the plan cuts {block.path} into {len(block.branches)} branches, but its forward has {len(segments)}. The "
+            "plan was made for another version of this block: make one with revify.plan(model)."
+        )
+    return segments
 
 
 def _check_fits(model: nn.Module, plan: Plan) -> None:

@@ -13,7 +13,7 @@ belongs to the forward pass, never to a module, and a value that something was d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -244,35 +244,47 @@ class Step:
         index: k, counted from 0; the first step is the ordinary block.
         predictor: q.
         stream: which argument is the stream, a position or a keyword.
+        transform: T where it is a part of the block: called as its forward, with the block before the arguments.
+        result: which of several results is the stream, None where T returns one tensor; the others pass through.
     """
 
     def __init__(
-        self, block: nn.Module, rule: StageRule, index: int, predictor: Predictor, stream: int | str = 0
+        self,
+        block: nn.Module,
+        rule: StageRule,
+        index: int,
+        predictor: Predictor,
+        stream: int | str = 0,
+        transform: Callable[..., Any] | None = None,
+        result: int | None = None,
     ) -> None:
         self.block, self.rule, self.index, self.predictor, self.stream = block, rule, index, predictor, stream
+        self.transform = transform or type(block).forward
+        self.result = result
 
     @property
     def name(self) -> str:
         return self.rule.names[self.index]
 
     @hidden_from_compiler
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
         if self.rule.random_sign and not self.block.training:
-            plain: Tensor = type(self.block).forward(self.block, *args, **kwargs)
-            return plain
+            return self.transform(self.block, *args, **kwargs)
         x, side = self._split(args, kwargs)
         tape, z, older = self._take(x)
         if not tape.continues_at(self.index):
             tape = Tape(self.rule)
         branch_dtype = z.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
-        value = self._step(tape, z, older, side, branch_dtype)
+        value, others = self._step(tape, z, older, side, branch_dtype)
         visible = value.to(branch_dtype)
         if self.index + 1 < len(self.rule.names):
             newest = None if visible is value else value
             visible.revify_link = Link(tape, self.index + 1, z, newest, version(visible))  # type: ignore[attr-defined]
         else:
             tape.check_range()
-        return visible
+        if self.result is None:
+            return visible
+        return (*others[: self.result], visible, *others[self.result :])
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
         """The stream tensor, and the arguments with a hole where it was."""
@@ -308,8 +320,9 @@ class Step:
         if link is None:
             raise StreamError(
                 f"{self.name}: its input is not the output of {previous}. Something stands between the two blocks (an "
-                "operation, or a hook that returns a new tensor), or blocks were skipped, repeated or called alone. "
-                "Remove it, or convert the model as it is called now; revify.revert gives the plain blocks back."
+                "operation, a hook that returns a new tensor, gradient checkpointing), or blocks were skipped, repeated "
+                "or called alone. Remove it, or convert the model as it is called now; revify.revert gives the plain "
+                "blocks back."
             )
         if version(x) != link.version:
             raise StreamError(
@@ -320,21 +333,21 @@ class Step:
 
     def _step(
         self, tape: Tape, z: Tensor, older: Tensor | None, side: tuple[Any, ...], branch_dtype: torch.dtype
-    ) -> Tensor:
-        """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come."""
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come, and the block's other results."""
         args, kwargs = side
         sign = self._draw_sign(z) if older is not None and self.rule.random_sign else None
         recorded = saves_nothing()
         if recorded:
             rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, None, branch_dtype, *args), kwargs))
             tape.append(self.index, z, Entry(self, rerun, z.requires_grad, z.stride(), checksum(z), sign))
-            gap, t, late = rerun.first(
+            gap, t, late, others = rerun.first(
                 lambda: self._branch(z, older, sign, branch_dtype, *args, **kwargs),
                 z.device,
                 partial(tape.load, self.index),
             )
         else:
-            gap, t, late = self._branch(z, older, sign, branch_dtype, *args, **kwargs)
+            gap, t, late, others = self._branch(z, older, sign, branch_dtype, *args, **kwargs)
         value, residue = t, None
         if older is not None:
             value, residue = Join.apply(t, gap, late, self.rule.bits, self.rule.grid, sign)
@@ -344,7 +357,7 @@ class Step:
         tape.observe(self.index, value)
         if recorded:
             tape.advance(self.index, t, value, residue)
-        return value
+        return value, others
 
     def _draw_sign(self, z: Tensor) -> Tensor:
         """±1 for each sample, from the user's random numbers (BDIA, Zhang et al. 2025)."""
@@ -359,8 +372,8 @@ class Step:
         branch_dtype: torch.dtype,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """u = z[k-1] − a(z[k]), or a(z[k]) alone where z[k-1] is what is sought; T(z[k]); c(T(z[k]))."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
+        """u = z[k-1] − a(z[k]), or a(z[k]) alone where z[k-1] is what is sought; T(z[k]); c(T(z[k])); the rest."""
         first = self.index == 0
         forecast = z if first else self.predictor.before(z)
         if older is not None:
@@ -370,7 +383,11 @@ class Step:
         else:
             kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
         before = version(z)
-        outputs = type(self.block).forward(self.block, *args, **kwargs)
+        outputs = self.transform(self.block, *args, **kwargs)
+        others: tuple[Any, ...] = ()
+        if self.result is not None and isinstance(outputs, tuple | list) and len(outputs) > self.result:
+            others = (*outputs[: self.result], *outputs[self.result + 1 :])
+            outputs = outputs[self.result]
         if not isinstance(outputs, Tensor) or outputs.shape != z.shape:
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise StreamError(f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}.")
@@ -380,11 +397,11 @@ class Step:
                 "of the block an out-of-place one (for activations inplace=False) before converting."
             )
         t = OnGrid.apply(outputs, self.rule.grid)
-        return forecast, t, None if first else self.predictor.after(t)
+        return forecast, t, None if first else self.predictor.after(t), others
 
     def parts_again(self, entry: Entry, z: Tensor, *, catch: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""
-        forecast, t, late = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
+        forecast, t, late, _ = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
         return forecast.detach(), t.detach(), None if late is None else late.detach()
 
 

@@ -130,9 +130,7 @@ def _linked(block: ResidualBlock, other: ResidualBlock, trace: Trace) -> bool:
     if trace.graph is None:
         return True
     source, target = trace.calls[block.call.path][0], trace.calls[other.call.path][0]
-    argument = other.stream.argument
-    taken = target.args[argument] if isinstance(argument, int) else target.kwargs[argument]
-    return taken is source.output
+    return target.given(other.stream.argument) is source.result(block.result)
 
 
 def _depth(block: ResidualBlock) -> int:

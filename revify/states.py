@@ -1,6 +1,8 @@
-"""A run after a whole epoch ↔ a folder from which to go on exactly; the folder is there whole or not at all.
+"""A run after a whole epoch ↔ a folder from which to go on exactly.
 
-FOLDER/state/epoch-0003/    Accelerate's files (weights, optimizer, scaler, random numbers), and history.json
+The folder has its name only once it is whole; then the one of the epoch before goes:
+
+    FOLDER/state/epoch-0003/    Accelerate's files (weights, optimizer, scaler, random numbers), and history.json
 """
 
 from __future__ import annotations

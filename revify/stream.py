@@ -137,9 +137,7 @@ def gain(bits: int, sign: Tensor | None) -> Tensor | float | None:
     return sign * gamma if sign is not None else gamma if bits else None
 
 
-def step(
-    t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """z[k+1] and the packed residue from T(z[k]) and the gap u.
 
     Args:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revify.errors import RefusalError
+
+Result = TypeVar("Result")
+Example = Sequence[Tensor] | Mapping[str, Tensor]  # a model's inputs, by position or by keyword
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,16 @@ class TensorInput:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorResult:
+    """A tensor among several that a call returned, by its position."""
+
+    position: int
+    key: ValueKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One call of one module.
 
@@ -63,6 +76,7 @@ class Call:
         shape: of that tensor.
         dtype: of that tensor.
         saved_bytes: what autograd saved for backward within the call.
+        results: the tensors among what it returned, where that is a tuple or a list.
     """
 
     path: str
@@ -73,6 +87,7 @@ class Call:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     saved_bytes: int
+    results: tuple[TensorResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +107,22 @@ class TracedCall:
     kwargs: dict[str, Any]
     output: Any
 
+    def given(self, argument: int | str) -> Any:
+        """The argument, or None where there is no such one."""
+        if isinstance(argument, int):
+            return self.args[argument] if argument < len(self.args) else None
+        return self.kwargs.get(argument)
+
+    def result(self, position: int | None) -> Any:
+        """What it returned, or one of several results (None where the graph does not tell them apart)."""
+        if position is None:
+            return self.output
+        return self.output[position] if isinstance(self.output, tuple | list) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A torch.fx graph and the module calls in it; `failure` says why there is none."""
+    """A torch.fx graph and the module calls in it; `failure` says why there is none, or why it was recorded instead."""
 
     graph: fx.Graph | None
     calls: dict[str, list[TracedCall]]
@@ -113,12 +140,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return _bare(copy.deepcopy(model, memo))
 
 
-def observe(model: nn.Module, example: Sequence[Tensor]) -> Observation:
+def observe(model: nn.Module, example: Example) -> Observation:
     """Watch one forward pass of a copy of the model, in train mode.
 
     Args:
         model: any module; it stays as it is.
-        example: its positional inputs; only shapes and types matter where the model runs on the meta device.
+        example: its inputs; only shapes and types matter where the model runs on the meta device.
 
     Returns:
         The module calls, with links between them by identity of values.
@@ -126,43 +153,47 @@ def observe(model: nn.Module, example: Sequence[Tensor]) -> Observation:
     Raises:
         RefusalError: the model does not run on inputs of these shapes.
     """
+    return run_copy(model, example, lambda copied, given: _Observer().watch(copied, given))
+
+
+def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Example], Result]) -> Result:
+    """Do something to a copy of the model without data, or to one with data where an operation needs them."""
     try:
         with torch.random.fork_rng(devices=[]):  # a model may draw numbers that do not depend on its input
-            return _Observer().watch(meta_copy(model), [_without_data(x) for x in example])
+            return work(meta_copy(model), _each(example, _without_data))
     except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
         real = _bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
-        devices = {x.device for x in (*example, *model.parameters()) if x.device.type == "cuda"}
+        devices = {x.device for x in (*tensors_of(example), *model.parameters()) if x.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=sorted(devices, key=str)):
-                return _Observer().watch(real, [x.detach() for x in example])
+                return work(real, _each(example, Tensor.detach))
         except Exception as error:
             raise RefusalError(
-                f"{type(model).__name__} does not run on an example of shape {[tuple(x.shape) for x in example]}: "
-                f"{error} (without data: {on_meta}). Give inputs that it accepts: plan(model, example=images)."
+                f"{type(model).__name__} does not run on an example of shape "
+                f"{[tuple(x.shape) for x in tensors_of(example)]}: {error} (without data: {on_meta}). Give inputs that it "
+                "accepts: plan(model, example=images)."
             ) from error
 
 
-def trace(model: nn.Module, example: Sequence[Tensor]) -> Trace:
+def call_with(model: nn.Module, example: Example) -> None:
+    """Run the model forward on its inputs."""
+    if isinstance(example, Mapping):
+        model(**example)
+    else:
+        model(*example)
+
+
+def trace(model: nn.Module, example: Example) -> Trace:
     """Trace a copy of the model with torch.fx, down to the leaf modules of torch and timm.
 
     Args:
         model: any module; it stays as it is.
-        example: its positional inputs; every other argument is fixed to its default.
+        example: its inputs; every other argument is fixed to its default.
 
     Returns:
         The graph with the module calls in it, or the reason why tracing failed.
     """
-    return _trace(meta_copy(model), set(range(len(example))))
-
-
-def trace_block(module: nn.Module, call: Call) -> Trace:
-    """Trace one block alone, for models that cannot be traced as a whole; its own call has the path "".
-
-    Args:
-        module: the block; it stays as it is.
-        call: how it was called.
-    """
-    return _trace(meta_copy(module), {i.argument for i in call.inputs})
+    return _trace(meta_copy(model), set(example if isinstance(example, Mapping) else range(len(example))))
 
 
 def _trace(bare: nn.Module, given: Collection[int | str]) -> Trace:
@@ -182,12 +213,19 @@ def _trace(bare: nn.Module, given: Collection[int | str]) -> Trace:
         except Exception as error:  # fx runs the model's own code on proxies: it may fail in any way
             failure = failure or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             continue
-        nodes = list(graph.nodes)
-        inputs = [node for node in nodes if node.op == "placeholder"]
-        by_name = {p.name: node for p, node in zip(parameters, inputs, strict=False)}
-        tracer.calls[""] = [TracedCall("", tuple(inputs), by_name, nodes[-1].args[0])]
         return Trace(graph, tracer.calls, dict(bare.named_modules()))
     return Trace(None, {}, {}, failure)
+
+
+def tensors_of(example: Example) -> tuple[Tensor, ...]:
+    """The inputs, in their order."""
+    return tuple(example.values() if isinstance(example, Mapping) else example)
+
+
+def _each(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+    if isinstance(example, Mapping):
+        return {name: change(x) for name, x in example.items()}
+    return [change(x) for x in example]
 
 
 def _without_data(tensor: Tensor) -> Tensor:
@@ -213,7 +251,7 @@ class _Observer:
         self._saved = 0
         self._storages: set[int] = set()
 
-    def watch(self, model: nn.Module, example: list[Tensor]) -> Observation:
+    def watch(self, model: nn.Module, example: Example) -> Observation:
         owned = [*model.parameters(), *model.buffers()]
         self._storages = {t.untyped_storage()._cdata for t in owned}
         handles = []
@@ -223,7 +261,7 @@ class _Observer:
                 handles.append(module.register_forward_hook(self._leaver(path), with_kwargs=True))
         try:
             with torch.enable_grad(), saved_tensors_hooks(self._save, _unread):
-                model(*example)
+                call_with(model, example)
         finally:
             for handle in handles:
                 handle.remove()
@@ -246,6 +284,12 @@ class _Observer:
                 for i, key in zip(before, now, strict=True)
             )
             one = isinstance(output, Tensor)
+            several = enumerate(output) if isinstance(output, tuple | list) else ()
+            results = tuple(
+                TensorResult(position, self._key(value), tuple(value.shape), value.dtype)
+                for position, value in several
+                if isinstance(value, Tensor)
+            )
             self._calls.append(
                 Call(
                     path,
@@ -256,6 +300,7 @@ class _Observer:
                     tuple(output.shape) if one else (),
                     output.dtype if one else None,
                     self._saved - saved,
+                    results,
                 )
             )
 
@@ -311,7 +356,7 @@ class _ModuleTracer(fx.Tracer):
                 path,
                 tuple(_node(a) for a in args),
                 {name: _node(a) for name, a in kwargs.items()},
-                _node(output),
+                [_node(o) for o in output] if isinstance(output, tuple | list) else _node(output),
             )
         )
         return output

@@ -191,8 +191,7 @@ def _step_memory(model: nn.Module, data: ImageData, batch_size: int, accelerator
 
 
 def sample_batch(data: ImageData, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of validation images, from which loaders have been made, and their classes; the same every "
-    "time."""
+    """The first validation images and their classes, after `make_loaders`; the same batch every time."""
     samples = [data.validation[place % len(data.validation)] for place in range(size)]
     images = torch.stack([image for image, _ in samples])
     return images.to(device), torch.tensor([target for _, target in samples], device=device)

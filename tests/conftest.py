@@ -1,4 +1,7 @@
-"""What all tests share: one thread (small nets wait for a second one longer than they work), and the folder of real weights where it is there."""
+"""What all tests share: one thread, and the folder of real weights where it is there.
+
+On nets as small as these, threads wait for each other longer than they work.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.skip(reason=f"{SHARED} is absent"))
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    """The folder with real weights and images."""
-    return SHARED

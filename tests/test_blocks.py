@@ -122,7 +122,10 @@ def test_refusals_give_the_reason(kind: type[zoo.Net], reason: str) -> None:
     ("name", "reason"),
     [
         ("vgg11", "the whole model: no module adds its input to its output"),
-        ("densenet121", "features.denseblock1, features.denseblock2 and 2 more: its output is concatenated with its input"),
+        (
+            "densenet121",
+            "features.denseblock1, features.denseblock2 and 2 more: its output is concatenated with its input",
+        ),
     ],
 )
 def test_timm_models_without_residual_stages(name: str, reason: str) -> None:

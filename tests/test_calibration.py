@@ -176,9 +176,7 @@ def test_revert_drops_the_forecast(model: nn.Module, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("predictor", CALIBRATED)
-def test_save_and_load_keep_the_forecast(
-    model: nn.Module, images: Tensor, predictor: str, tmp_path: Path
-) -> None:
+def test_save_and_load_keep_the_forecast(model: nn.Module, images: Tensor, predictor: str, tmp_path: Path) -> None:
     calibrated = revify.calibrate(revify.convert(model, images, bits=1), images, predictor=predictor).eval()
     revify.save(calibrated, tmp_path / "model.safetensors")
     loaded = revify.load(tmp_path / "model.safetensors", Smooth()).eval()

@@ -78,7 +78,9 @@ def test_double_backward() -> None:
         torch.manual_seed(0)
         with revify.plain_backward() if plain else torch.enable_grad():
             (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(slope.square().sum(), list(model.transition.parameters()), allow_unused=True))
+        found.append(
+            torch.autograd.grad(slope.square().sum(), list(model.transition.parameters()), allow_unused=True)
+        )
     assert any(g is not None and g.any() for g in found[0])
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -86,7 +88,7 @@ def test_double_backward() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, x: m.transition[0].weight.data.add_(1) and m.transition[0].weight.add_(0), "transition: a parameter of"),
+        (lambda m, x: m.transition[0].weight.add_(1), "transition: a parameter of"),
         (lambda m, x: x.mul_(2), r"a side input of shape \(2, 6, 4, 5\) was changed in place"),
     ],
 )
@@ -111,7 +113,9 @@ def test_other_tensors_in_the_second_run() -> None:
     model = net()
     model.transition[3] = Growing()
     output = model(*inputs_of(model))
-    with pytest.raises(revify.ReplayError, match=r"transition saved \d+ tensors for backward in its first run and \d+"):
+    with pytest.raises(
+        revify.ReplayError, match=r"transition saved \d+ tensors for backward in its first run and \d+"
+    ):
         output.sum().backward()
 
 

@@ -139,7 +139,9 @@ def test_plain_checkpoint_loads() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", [zoo.DropoutAndDropPath, zoo.TwoStages])
-def test_copies_are_converted_models_of_their_own(kind: type[zoo.Net], copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_are_converted_models_of_their_own(
+    kind: type[zoo.Net], copied: Callable[[nn.Module], nn.Module]
+) -> None:
     model = converted(kind, bits=1, transitions="checkpoint")
     twin = copied(model)
     x = inputs_of(model)
@@ -214,14 +216,14 @@ def test_pruned_model_runs(converted_vit: nn.Module) -> None:
     assert_same(run(model, [IMAGE]), run(model, [IMAGE], plain=True))
 
 
-def test_gradient_checkpointing_switched_on_afterwards_is_an_error_or_right(converted_vit: nn.Module) -> None:
+def test_gradient_checkpointing_switched_on_afterwards(converted_vit: nn.Module) -> None:
+    """It finds nothing to save, so it does no harm; under ordinary autograd it would run the blocks out of order."""
     model = copy.deepcopy(converted_vit)
     expected = run(model, [IMAGE], plain=True)
     model.set_grad_checkpointing(True)
-    try:
-        assert_same(run(model, [IMAGE]), expected)
-    except revify.StreamError as error:
-        assert "its input is not the output of" in str(error)
+    assert_same(run(model, [IMAGE]), expected)
+    with pytest.raises(revify.StreamError, match=r"its input is not the output of .*gradient checkpointing"):
+        run(model, [IMAGE], plain=True)
 
 
 # revert
@@ -295,16 +297,17 @@ def test_default_is_near_the_plain_model() -> None:
         ({"bits": -1}, "bits=-1 is no number of residue bits"),
         ({"bits": 1.5}, "bits=1.5 is no number of residue bits"),
         ({"bits": True}, "bits=True is no number of residue bits"),
-        ({"predictor": "linear regression"}, "predictor='linear regression' is not known: choose one of identity, midpoint"),
+        (
+            {"predictor": "linear regression"},
+            "predictor='linear regression' is not known: choose one of identity, midpoint",
+        ),
         ({"grid": 21}, "grid=21 is no resolution: give a whole number q from 0 to 20"),
         ({"grid": -1}, "grid=-1 is no resolution"),
         ({"grid": "fine"}, "grid='fine' is no resolution"),
         ({"transitions": "drop"}, 'transitions=\'drop\' is not known: choose "keep" or "checkpoint"'),
     ],
 )
-def test_options_out_of_range(
-    function: Callable[..., object], options: dict[str, object], message: str
-) -> None:
+def test_options_out_of_range(function: Callable[..., object], options: dict[str, object], message: str) -> None:
     with pytest.raises(revify.RevifyError) as caught:
         function(zoo.PreNormBlocks(), torch.zeros(zoo.TOKENS), **options)
     assert message in str(caught.value)
@@ -315,7 +318,10 @@ def test_options_out_of_range(
     ("model", "message"),
     [
         (lambda: "resnet50", "expected a torch.nn.Module, got str. Pass the model itself"),
-        (lambda: converted(zoo.PreNormBlocks), "PreNormBlocks is already converted. Use it as it is, or revify.revert"),
+        (
+            lambda: converted(zoo.PreNormBlocks),
+            "PreNormBlocks is already converted. Use it as it is, or revify.revert",
+        ),
         (lambda: nn.DataParallel(zoo.PreNormBlocks()), "wrapped for parallel training"),
         (lambda: torch.jit.trace(zoo.PreNormBlocks(), torch.zeros(zoo.TOKENS)), "a TorchScript module"),
         (lambda: checkpointing(), "gradient checkpointing is switched on (in the model)"),
@@ -338,20 +344,24 @@ def checkpointing() -> nn.Module:
 def test_checkpointing_of_a_part_is_named() -> None:
     model = timm.create_model("test_convnext")
     model.set_grad_checkpointing(True)
-    with pytest.raises(revify.RefusalError, match=r"switched on \(in stages.0\).* model.set_grad_checkpointing\(False\)"):
+    with pytest.raises(
+        revify.RefusalError, match=r"switched on \(in stages.0\).* model.set_grad_checkpointing\(False\)"
+    ):
         revify.plan(model)
     model.set_grad_checkpointing(False)
     revify.plan(model)
 
 
 def test_model_without_configuration_needs_an_example() -> None:
-    with pytest.raises(revify.RefusalError, match=r"no timm configuration .* Pass one batch: revify.convert\(model, images\)"):
+    with pytest.raises(
+        revify.RefusalError, match=r"no timm configuration .* Pass one batch: revify.convert\(model, images\)"
+    ):
         revify.convert(zoo.PreNormBlocks())
 
 
 @pytest.mark.parametrize("example", [(), [1, 2], "image"])
 def test_example_that_is_no_tensor(example: object) -> None:
-    with pytest.raises(revify.RevifyError, match="example: expected a tensor or a tuple of tensors"):
+    with pytest.raises(revify.RevifyError, match="example: expected a tensor, a tuple of tensors"):
         revify.convert(zoo.PreNormBlocks(), example)
 
 
@@ -368,5 +378,7 @@ def test_example_from_the_configuration_of_timm() -> None:
 
 
 def test_nothing_to_revert() -> None:
-    with pytest.raises(revify.RefusalError, match="PreNormBlocks is not a converted model, so there is nothing to revert"):
+    with pytest.raises(
+        revify.RefusalError, match="PreNormBlocks is not a converted model, so there is nothing to revert"
+    ):
         revify.revert(zoo.PreNormBlocks())

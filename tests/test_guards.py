@@ -32,7 +32,10 @@ def walk(model: nn.Module, order: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ([0, 2, 1, 3], r"blocks.2 was given the output of blocks.0, which should go to blocks.1: .* Call them in order"),
+        (
+            [0, 2, 1, 3],
+            r"blocks.2 was given the output of blocks.0, which should go to blocks.1: .* Call them in order",
+        ),
         ([0, 1, 1], r"blocks.1 was given the output of blocks.1, which should go to blocks.2"),
         ([0, 1, 3], r"blocks.3 was given the output of blocks.1, which should go to blocks.2"),
         ([0, 0], r"blocks.0 was given the output of blocks.0, which should go to blocks.1"),
@@ -57,7 +60,7 @@ def test_one_value_goes_to_the_next_block_only_once() -> None:
 def test_stages_are_not_confused() -> None:
     model = converted(lambda: zoo.PreNormBlocks(4))
     other = converted(lambda: zoo.PreNormBlocks(4))
-    with pytest.raises(StreamError, match="which should go to blocks.1"):
+    with pytest.raises(StreamError, match=r"which should go to blocks.1"):
         other.blocks[1](walk(model, [0]))
 
 
@@ -75,7 +78,9 @@ def test_stages_are_not_confused() -> None:
 def test_something_between_two_blocks(between: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     model = converted(zoo.PreNormBlocks).to(dtype)
     model.blocks[1].register_forward_hook(lambda module, args, output: between(output))
-    with pytest.raises(StreamError, match=r"blocks.2: its input is not the output of blocks.1. Something stands between"):
+    with pytest.raises(
+        StreamError, match=r"blocks.2: its input is not the output of blocks.1. Something stands between"
+    ):
         walk(model, [0, 1, 2, 3])
 
 
@@ -107,7 +112,10 @@ def test_changed_in_place_on_the_way(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b, x: b(x=x), r"blocks.0: expected its stream, a tensor, as argument 0, got NoneType. Call the block as"),
+        (
+            lambda b, x: b(x=x),
+            r"blocks.0: expected its stream, a tensor, as argument 0, got NoneType. Call the block as",
+        ),
         (lambda b, x: b([x]), r"blocks.0: expected its stream, a tensor, as argument 0, got list"),
     ],
 )
@@ -126,7 +134,10 @@ def test_stream_by_keyword_that_is_missing() -> None:
 @pytest.mark.parametrize(
     ("replacement", "message"),
     [
-        (lambda self, x: x.mean(1), r"blocks.2: expected an output of the shape of its input, \(2, 5, 6\), got shape \(2, 6\)"),
+        (
+            lambda self, x: x.mean(1),
+            r"blocks.2: expected an output of the shape of its input, \(2, 5, 6\), got shape \(2, 6\)",
+        ),
         (lambda self, x: (x, x), r"blocks.2: expected an output of the shape of its input, \(2, 5, 6\), got tuple"),
         (lambda self, x: x.add_(1), r"blocks.2 changes its input in place, .* \(for activations inplace=False\)"),
     ],
@@ -152,7 +163,9 @@ def test_overflow_names_the_block_and_a_grid_that_is_wide_enough() -> None:
     model = converted(zoo.PreNormBlocks)
     with torch.no_grad():
         model.blocks[2].down.bias.fill_(5000)
-    with pytest.raises(GridRangeError, match=r"blocks.2: a stream value of magnitude 5\d{3}.* exact range ±4096") as caught:
+    with pytest.raises(
+        GridRangeError, match=r"blocks.2: a stream value of magnitude 5\d{3}.* exact range ±4096"
+    ) as caught:
         walk(model, [0, 1, 2, 3])
     suggested = int(str(caught.value).rpartition("grid=")[2].rstrip("."))
     assert suggested == 9
@@ -177,7 +190,9 @@ def test_values_that_are_not_finite(value: float) -> None:
     model = converted(zoo.PreNormBlocks)
     x = inputs_of(model)[0]
     x[1, 2, 3] = value
-    with pytest.raises(GridRangeError, match=r"blocks.0: its stream values are no longer finite .* lower the learning rate"):
+    with pytest.raises(
+        GridRangeError, match=r"blocks.0: its stream values are no longer finite .* lower the learning rate"
+    ):
         model(x)
 
 
@@ -186,7 +201,7 @@ def test_overflow_is_found_in_backward_where_the_stage_was_left_early() -> None:
     with torch.no_grad():
         model.blocks[1].down.bias.fill_(5000)
     loss = walk(model, [0, 1]).sum()
-    with pytest.raises(GridRangeError, match="blocks.1: a stream value of magnitude"):
+    with pytest.raises(GridRangeError, match=r"blocks.1: a stream value of magnitude"):
         loss.backward()
 
 
@@ -233,7 +248,9 @@ def moving(number: int, how: str) -> nn.Module:
 def test_other_values_name_the_block(number: int, how: str) -> None:
     model = moving(number, how)
     loss = model(*inputs_of(model)).square().sum()
-    with pytest.raises(ReplayError, match=rf"blocks.{number} returned other values when it was run again .*discard them"):
+    with pytest.raises(
+        ReplayError, match=rf"blocks.{number} returned other values when it was run again .*discard them"
+    ):
         loss.backward()
 
 
@@ -257,14 +274,16 @@ def test_other_values_are_found_after_blocks_without_gradients() -> None:
         x = walk(model, [0])
     for number in (1, 2, 3):
         x = model.blocks[number](x)
-    with pytest.raises(ReplayError, match="blocks.1 returned other values"):
+    with pytest.raises(ReplayError, match=r"blocks.1 returned other values"):
         x.square().sum().backward()
 
 
 def test_other_saved_tensors() -> None:
     model = moving(2, "saves more")
     loss = model(*inputs_of(model)).square().sum()
-    with pytest.raises(ReplayError, match=r"blocks.2 saved \d+ tensors for backward in its first run and \d+ when run again"):
+    with pytest.raises(
+        ReplayError, match=r"blocks.2 saved \d+ tensors for backward in its first run and \d+ when run again"
+    ):
         loss.backward()
 
 
@@ -305,7 +324,7 @@ def test_value_between_the_blocks_changed_in_place() -> None:
     middle = walk(model, [0, 1, 2])
     output = model.blocks[3](middle)
     middle.detach().zero_()
-    with pytest.raises(StreamError, match="the output of blocks.2 was changed in place"):
+    with pytest.raises(StreamError, match=r"the output of blocks.2 was changed in place"):
         output.sum().backward()
 
 
@@ -328,7 +347,9 @@ def test_parameter_changed_in_place(frozen: int) -> None:
     loss = model(*inputs_of(model)).square().sum()
     with torch.no_grad():
         model.blocks[2].down.bias.add_(1)
-    with pytest.raises(StreamError, match=r"blocks.2: a parameter of shape \(6,\) was changed in place .*optimizer.step"):
+    with pytest.raises(
+        StreamError, match=r"blocks.2: a parameter of shape \(6,\) was changed in place .*optimizer.step"
+    ):
         loss.backward()
 
 
@@ -347,5 +368,16 @@ def test_tensor_changed_in_place_within_a_block() -> None:
     model.blocks[2].careless = True
     with revify.plain_backward(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(*inputs_of(model)).sum().backward()
-    with pytest.raises(StreamError, match=r"blocks.2: a tensor of shape \(2, 5, 12\) that its backward needs was changed"):
+    with pytest.raises(
+        StreamError, match=r"blocks.2: a tensor of shape \(2, 5, 12\) that its backward needs was changed"
+    ):
         model(*inputs_of(model)).sum().backward()
+
+
+def test_parameters_swapped_for_the_forward_only() -> None:
+    model = converted(zoo.PreNormBlocks)
+    doubled = {name: (p.detach() * 2).requires_grad_() for name, p in model.named_parameters()}
+    x = inputs_of(model)[0].requires_grad_()
+    output = torch.func.functional_call(model, doubled, (x,))
+    with pytest.raises(ReplayError, match=r"blocks.3 returned other values"):
+        output.sum().backward()

@@ -236,3 +236,12 @@ def test_a_plan_for_a_converted_model_is_refused() -> None:
     model = revify.convert(vit(), example=images())
     with pytest.raises(revify.RevifyError, match="converted already"):
         revify.measure(model, images(), plan=model.revify_plan)
+
+
+@pytest.mark.gpu
+def test_cuda_counts_by_its_own_counters() -> None:
+    model, batch = vit().cuda(), images().cuda()
+    report = revify.measure(model, batch, repeats=1)
+    assert report.device.startswith("cuda")
+    assert report.plain.held_bytes > report.checkpointed.held_bytes > report.converted.held_bytes > 0
+    assert report.plain.peak_bytes > report.converted.peak_bytes > report.converted.held_bytes

@@ -1,4 +1,4 @@
-"""What lives between forward and backward: two stream values and the packed bits, whatever the depth, and nothing after."""
+"""Between forward and backward live two stream values and the packed bits, at any depth; afterwards nothing."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tape]]:
 
 
 @pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.SideInputsWithGradient, zoo.StreamIsASideInput])
-def test_tape_is_gone_after_backward(
-    kind: type[zoo.Net], tapes: list[weakref.ref[Tape]], no_collector: None
-) -> None:
+def test_tape_is_gone_after_backward(kind: type[zoo.Net], tapes: list[weakref.ref[Tape]], no_collector: None) -> None:
     model = converted(kind, bits=2)
     loss = model(*inputs_of(model)).sum()
     assert [tape() is not None for tape in tapes] == [True]
@@ -178,6 +176,6 @@ def test_copies_and_saved_values_leave_the_forward_pass() -> None:
     file.seek(0)
     for other in (copy.deepcopy(value), torch.load(file, weights_only=False)):
         assert torch.equal(other, value)
-        with pytest.raises(revify.StreamError, match="its input is not the output of blocks.0"):
+        with pytest.raises(revify.StreamError, match=r"its input is not the output of blocks.0"):
             model.blocks[1](other)
     model.blocks[1](value)

@@ -81,7 +81,9 @@ def test_wrapped_models_are_refused(one_process: None, wrap: str) -> None:
             fully_shard(part, mesh=dist.init_device_mesh("cpu", (1,)))
         wrapped = model
     for function in (revify.plan, revify.convert):
-        with pytest.raises(revify.RefusalError, match="wrapped for parallel training .* Convert the plain model first"):
+        with pytest.raises(
+            revify.RefusalError, match=r"wrapped for parallel training .* Convert the plain model first"
+        ):
             function(wrapped, x)
 
 
@@ -120,7 +122,9 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
     script = TWO_PROCESSES.format(path=[str(here), str(here.parent)])
     command = [sys.executable, "-c", script]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     for process in ranks:
@@ -129,9 +133,7 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
         assert out.decode().strip() == "equal"
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_modules_inside_of_blocks(backend: str) -> None:
     model = converted(zoo.TwoAdditionsInABlock, bits=1).eval()  # eager and compiled draw other numbers in dropout
     compiled = copy.deepcopy(model)

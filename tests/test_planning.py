@@ -22,7 +22,9 @@ def plan_of(kind: type[zoo.Net], **options: object) -> Plan:
 
 
 @pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
-@pytest.mark.parametrize("options", [{}, {"bits": 2, "predictor": "midpoint", "grid": 9, "transitions": "checkpoint"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 2, "predictor": "midpoint", "grid": 9, "transitions": "checkpoint"}]
+)
 def test_json_gives_the_same_plan_back(kind: type[zoo.Net], options: dict[str, object]) -> None:
     plan = plan_of(kind, **options)
     again = Plan.from_json(plan.to_json())
@@ -130,21 +132,20 @@ def test_held_bytes_of_a_stage() -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 4])
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet26"])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet50"])
 def test_prediction_is_near_the_truth(name: str, bits: int) -> None:
     """What lives after forward, plus the largest block, against what the plan predicts."""
     torch.manual_seed(0)
-    model, x = timm.create_model(name), torch.randn(2, 3, 96, 96)
-    if hasattr(model, "set_input_size"):
-        model.set_input_size((96, 96))
-    converted = revify.convert(model, x, bits=bits)
+    model = timm.create_model(name, **({"img_size": 96} if "vit" in name else {}))
+    converted = revify.convert(model, torch.zeros(2, 3, 96, 96), bits=bits)
     plan = converted.revify_plan
     with Ledger() as ledger:
+        x = torch.randn(2, 3, 96, 96)
         output = converted(x)
         alive = ledger.alive()
     del output
     largest = max(stage.largest_block_bytes for stage in plan.stages)
-    assert 0.75 < (alive + largest) / plan.predicted_bytes < 1.1
+    assert 0.95 < (alive + largest) / plan.predicted_bytes < 1.02
 
 
 SURVEY = {

@@ -98,9 +98,14 @@ def test_everything_is_put_back_when_the_body_fails() -> None:
         torch.rand(1)
     norm.eval()
     state, mean = torch.get_rng_state(), norm.running_mean
-    with pytest.raises(ZeroDivisionError), conditions.restored():
-        torch.rand(5)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with conditions.restored():
+            torch.rand(5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert torch.equal(torch.get_rng_state(), state)
     assert norm.running_mean is mean
     assert not norm.training
@@ -134,7 +139,9 @@ def test_changed_side_input_is_an_error_that_names_its_shape() -> None:
     mask = torch.ones(3, 4)
     side = SideInputs.of((), {"mask": mask})
     mask.add_(1)
-    with pytest.raises(StreamError, match=r"side input of shape \(3, 4\) was changed in place between forward and backward"):
+    with pytest.raises(
+        StreamError, match=r"side input of shape \(3, 4\) was changed in place between forward and backward"
+    ):
         side.again()
 
 

@@ -148,7 +148,9 @@ def test_a_drift_that_spoils_the_gradients_is_an_error() -> None:
         return x2, 0.1 * x1 + F(x2)
 
     model = sequence(contracting, 40)
-    with pytest.raises(revify.ReplayError, match=r"block 2[0-9] .contracting.: its input as reconstructed .* is off by"):
+    with pytest.raises(
+        revify.ReplayError, match=r"block 3[0-9] .contracting.: its input as reconstructed .* is off by"
+    ):
         model(tokens()).sum().backward()
 
 
@@ -256,6 +258,8 @@ def held(formula: Formula, depth: int) -> tuple[int, int]:
     """Bytes alive between forward and backward, and the most during backward."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    with torch.no_grad():
+        net[2].weight *= 0.1  # the same net in every block would make the streams grow, and floats drift
     count = len(derive(formula).forward.branches)
     wrap = partial(ScaleShift, channels=16, axis=-1) if formula is affine else (lambda branch: branch)
     model = ReversibleSequence(
@@ -275,7 +279,7 @@ STREAM = 4 * 50 * 32 * 4  # bytes of both streams
 
 @pytest.mark.parametrize("formula", [additive, swapped, single, half, affine, formulas.leapfrog])
 def test_memory_does_not_grow_with_depth(formula: Formula) -> None:
-    few, many = held(formula, 3), held(formula, 23)
+    few, many = held(formula, 6), held(formula, 26)
     slack = 20 * (2600 if formula is affine else 100)  # samples or checksums; of affine, also gradients of w
     assert STREAM <= few[0] <= 3 * STREAM
     assert many[0] - few[0] <= slack

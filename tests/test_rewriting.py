@@ -84,7 +84,9 @@ def test_forward_replaced_on_the_instance_is_refused() -> None:
     model = zoo.PreNormBlocks()
     model.blocks[2].forward = lambda x: x
     plan = revify.plan(zoo.PreNormBlocks(), model.example())
-    with pytest.raises(revify.RefusalError, match=r"the forward of blocks.2 was replaced on the instance.* Put the function"):
+    with pytest.raises(
+        revify.RefusalError, match=r"the forward of blocks.2 was replaced on the instance.* Put the function"
+    ):
         revify.convert(model, plan=plan)
 
 

@@ -218,7 +218,9 @@ def test_gradient_of_one_block_only(block: int) -> None:
     assert torch.equal(found, expected[f"grad blocks.{block}.up.weight"])
 
 
-@pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.DropoutAndDropPath, zoo.SideInputsWithGradient, zoo.TwoStages])
+@pytest.mark.parametrize(
+    "kind", [zoo.PreNormBlocks, zoo.DropoutAndDropPath, zoo.SideInputsWithGradient, zoo.TwoStages]
+)
 @pytest.mark.parametrize(("bits", "predictor"), [(0, "midpoint"), (2, "identity")])
 def test_double_backward(kind: type[zoo.Net], bits: int, predictor: str) -> None:
     model = converted(kind, bits=bits, predictor=predictor)
@@ -391,17 +393,34 @@ def test_a_hook_on_a_block_fires_once() -> None:
     assert fired == [(when, n) for n in range(4) for when in ("before", "after")]
 
 
-def test_full_backward_hooks_on_blocks_see_the_gradients() -> None:
-    model = converted(zoo.PreNormBlocks, bits=1)
-    seen: list[list[Tensor]] = [[], []]
-    x = inputs_of(model)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_full_backward_hooks_on_blocks_see_the_gradients(dtype: torch.dtype) -> None:
+    model = converted(zoo.PreNormBlocks, bits=1).to(dtype)
+    seen: list[list[Tensor]] = [[]]
+    x = [x.to(dtype) for x in inputs_of(model)]
     for block in model.blocks:
         block.register_full_backward_hook(lambda module, into, out: seen[-1].extend((*into, *out)))
     expected = run(model, x, plain=True)
     seen.append([])
     assert_same(run(model, x), expected)
-    assert len(seen[1]) == len(seen[2]) == 8
-    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+    assert len(seen[0]) == len(seen[1]) == 8
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*seen, strict=True))
+
+
+def test_hooks_see_the_gradients_of_a_half_precision_model_as_they_are_in_full_precision() -> None:
+    """Nothing is lost on the way through the shorter values between the blocks."""
+    slopes = []
+    for dtype in (torch.float32, BF16):
+        model = converted(zoo.PreNormBlocks, bits=1).to(dtype)
+        value = model.blocks[0](model.stem(inputs_of(model)[0].to(dtype)))
+        value.retain_grad()
+        z = value
+        for block in model.blocks[1:]:
+            z = block(z)
+        z.float().square().sum().backward()
+        slopes.append(value.grad.float())
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=0.2, atol=0.2)
+    assert float(torch.nn.functional.cosine_similarity(*(s.flatten() for s in slopes), 0)) > 0.995
 
 
 def test_users_saved_tensor_hooks_around_the_model() -> None:

@@ -51,7 +51,10 @@ def test_operation_between_two_blocks_breaks_the_stream() -> None:
                 x = block(x * 2) if number == 2 else block(x)
             return x
 
-    assert paths_of(Scaled(*(zoo.Mlp() for _ in range(5)))) == (("blocks.0", "blocks.1"), ("blocks.2", "blocks.3", "blocks.4"))
+    assert paths_of(Scaled(*(zoo.Mlp() for _ in range(5)))) == (
+        ("blocks.0", "blocks.1"),
+        ("blocks.2", "blocks.3", "blocks.4"),
+    )
 
 
 def test_change_in_place_between_two_blocks_breaks_the_stream() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from revify.predictors import Identity, Midpoint
-from revify.stream import MAX_BITS, Gap, Grid, Join, OnGrid, pack, step, stream_dtype, unpack, unstep
+from revify.stream import MAX_BITS, Gap, Grid, Join, OnGrid, Resume, pack, step, stream_dtype, unpack, unstep
 
 GRID = Grid(12)
 BITS = range(MAX_BITS + 1)
@@ -187,3 +187,19 @@ def test_step_without_a_gradient_on_one_side() -> None:
     value, _ = Join.apply(t, Gap.apply(z, z, 1), None, 1, GRID)
     value.sum().backward()
     assert torch.equal(t.grad, torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_through_a_shorter_copy_loses_nothing(dtype: torch.dtype) -> None:
+    """The copy that hooks see gets the gradient as far as its type holds it, and the value gets the rest."""
+    value = on_grid((50,), 0).requires_grad_()
+    shown = value.to(dtype)
+    shown.retain_grad()
+    upstream = torch.randn(50) * 1e3
+    upstream[0] = 1e6  # more than float16 holds
+    resumed = Resume.apply(shown, value)
+    assert torch.equal(resumed, value)
+    resumed.backward(upstream)
+    assert torch.equal(value.grad, upstream)
+    assert shown.grad.isfinite().all()
+    torch.testing.assert_close(shown.grad[1:], upstream[1:].to(dtype), rtol=0, atol=0)

@@ -126,7 +126,9 @@ def test_a_real_run_leaves_buffers_and_random_numbers_alone() -> None:
 
 
 def test_example_that_does_not_fit_is_refused_with_its_shape() -> None:
-    with pytest.raises(RefusalError, match=r"PreNormBlocks does not run on an example of shape \[\(2, 5, 7\)\]: .*example="):
+    with pytest.raises(
+        RefusalError, match=r"PreNormBlocks does not run on an example of shape \[\(2, 5, 7\)\]: .*example="
+    ):
         observe(zoo.PreNormBlocks(), [torch.zeros(2, 5, 7)])
 
 
@@ -157,7 +159,9 @@ def test_failure_to_trace_is_told() -> None:
     traced = trace(model, model.example())
     assert traced.graph is None
     assert traced.failure is not None
-    assert traced.failure.startswith("TraceError: symbolically traced variables cannot be used as inputs to control flow")
+    assert traced.failure.startswith(
+        "TraceError: symbolically traced variables cannot be used as inputs to control flow"
+    )
     (call,) = calls_of(model)["blocks.1"]
     block = trace_block(model.blocks[1], call)
     assert block.graph is not None

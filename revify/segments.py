@@ -1,0 +1,263 @@
+"""A block → its segments: one for each residual addition, each run through the block's own child modules.
+
+    x ─┬─ norm1 ─ attn ─(+)─┬─ norm2 ─ mlp ─(+)→ y
+       └────────────────┘   └───────────────┘
+    └───── segment 0 ─────┘└──── segment 1 ────┘
+
+The block is traced with its child modules as leaves, so that their modes, hooks and random numbers stay theirs. A cut
+is an addition through which every path from x to y goes, and which a shortcut leads to from the cut before it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from revify.blocks import ADDITIONS, WITHOUT_VALUES, Shortcut, dependent_on, find_shortcut
+from revify.errors import StreamError
+from revify.tracing import meta_copy
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Stands among the arguments of an operation for the value of this name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One node of a block's graph.
+
+    Args:
+        result: its name.
+        kind: call_module, call_function, call_method or get_attr, as in torch.fx.
+        target: the child's path, the function, the method's name or the attribute's path.
+        args: with `Slot` for values.
+        kwargs: likewise.
+        last_used: names that no later operation of the segment needs.
+    """
+
+    result: str
+    kind: str
+    target: Any  # Any: as in torch.fx
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    last_used: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The part of a block between two values of its stream; called as its forward, with the block as `self`.
+
+    Args:
+        stream: the block's argument that is the stream, a position or a keyword.
+        parameters: the names of the block's arguments, in order.
+        fixed: those that had their default when the block was traced.
+        start: the name of the segment's input, among the operations'.
+        operations: in order; the last gives the segment's output.
+    """
+
+    stream: int | str
+    parameters: tuple[str, ...]
+    fixed: Mapping[str, Any]
+    start: str
+    operations: tuple[Operation, ...]
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        for name, default in self.fixed.items():
+            value = given.get(name, default)
+            if isinstance(value, Tensor) or (value is not default and value != default):
+                raise StreamError(
+                    f"its argument {name} is {type(value).__name__}, and was {default!r} when the block was cut into "
+                    'its branches. Plan with an example that passes it, or with unit="block".'
+                )
+        stream = self.parameters[self.stream] if isinstance(self.stream, int) else self.stream
+        values = {_argument(name): value for name, value in given.items()}
+        values[self.start] = values.pop(_argument(stream))
+        for step in self.operations:
+            values[step.result] = _execute(step, block, values)
+            for name in step.last_used:
+                values.pop(name, None)
+        return values[self.operations[-1].result]
+
+
+def find_segments(block: nn.Module, stream: int | str, given: Collection[int | str]) -> tuple[Segment, ...]:
+    """The segments of a block.
+
+    Args:
+        block: a residual block; it stays as it is.
+        stream: which argument is the stream, a position or a keyword.
+        given: the arguments that are tensors when the block is called; the others are fixed to their defaults.
+
+    Returns:
+        The segments in order, at least two, or none where the block cannot be cut.
+    """
+    signature = inspect.signature(block.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
+        return ()
+    fixed = {
+        p.name: p.default
+        for place, p in enumerate(signature)
+        if p.default is not p.empty and place not in given and p.name not in given
+    }
+    bare = meta_copy(block)
+    graph = _traced(bare, fixed)
+    if graph is None or str(graph) != str(_traced(bare.eval(), fixed)):
+        return ()  # the block asks for its mode, which a graph cannot
+    names = tuple(p.name for p in signature)
+    inputs = dict(zip(names, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
+    x = inputs[names[stream] if isinstance(stream, int) else stream]
+    arguments = {node: _argument(name) for name, node in inputs.items()}
+    ends = list(pairwise(_cuts(graph, x, dict(bare.named_modules()))))
+    parts = [_between(graph, x, start, end) for start, end in ends]
+    if any(part is None for part in parts):
+        return ()
+    return tuple(
+        Segment(stream, names, fixed, arguments.get(start, start.name), _operations(part, x, start, arguments))
+        for (start, _), part in zip(ends, parts, strict=True)
+        if part is not None
+    )
+
+
+def with_stream(
+    stream: int | str, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with another value of the stream."""
+    if isinstance(stream, int):
+        return (*args[:stream], z, *args[stream + 1 :]), kwargs
+    return args, {**kwargs, stream: z}
+
+
+class _Tracer(fx.Tracer):
+    """Torch.fx's tracer with every child module as a leaf, and timm's functions that it must not enter."""
+
+    def __init__(self) -> None:
+        from timm import layers  # here: importing timm takes seconds, and only tracing needs it
+
+        super().__init__(autowrap_functions=tuple(layers.get_notrace_functions()), param_shapes_constant=True)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _traced(block: nn.Module, fixed: dict[str, Any]) -> fx.Graph | None:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _Tracer().trace(block, concrete_args=fixed or None)
+    except Exception:  # fx runs the block's own code on proxies: it may fail in any way
+        return None
+
+
+def _cuts(graph: fx.Graph, x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """x, the additions that part the segments, y; or nothing where there is only one segment."""
+    y = next(node for node in graph.nodes if node.op == "output").args[0]
+    unused = [n for n in graph.nodes if not n.users and n.op not in ("output", "placeholder", "get_attr")]
+    if not isinstance(y, fx.Node) or not all(_is_size(n) or "assert" in str(n.target) for n in unused):
+        return []  # what nobody uses is there for a side effect; asserts are torch.fx's own, of fixed arguments
+    found = [x]
+    for node in graph.nodes:
+        narrow = node.target in ADDITIONS and node is not y and not _reaches(x, y, without=node)
+        if narrow and find_shortcut(found[-1], node, modules) in (Shortcut.IDENTITY, Shortcut.SCALED):
+            found.append(node)
+    while len(found) > 1 and find_shortcut(found[-1], y, modules) is None:
+        found.pop()  # no addition comes after it: what does belongs to its own segment
+    return [*found, y] if len(found) > 1 else []
+
+
+def _reaches(x: fx.Node, y: fx.Node, *, without: fx.Node) -> bool:
+    """Whether values (not sizes) lead from x to y around a node."""
+    seen, pending = {without}, [x]
+    while pending:
+        node = pending.pop()
+        if node is y:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending += [user for user in node.users if not _is_size(user)]
+    return False
+
+
+def _between(graph: fx.Graph, x: fx.Node, start: fx.Node, end: fx.Node) -> list[fx.Node] | None:
+    """What leads from one node to another, in order; None where it needs a value from before the start."""
+    needed, pending = {x, start}, [end]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += node.all_input_nodes
+    nodes = [n for n in graph.nodes if n in needed and n not in (x, start) and n.op != "placeholder"]
+    before = dependent_on(x) - dependent_on(start) if start is not x else set()
+    return None if before.intersection(nodes) else nodes
+
+
+def _operations(
+    nodes: list[fx.Node], x: fx.Node, start: fx.Node, arguments: dict[fx.Node, str]
+) -> tuple[Operation, ...]:
+    """The nodes as operations. Of x a later segment takes only the size, which is that of its own start."""
+
+    def slot(node: fx.Node) -> Any:
+        node = start if node is x else node
+        return Slot(arguments.get(node, node.name))
+
+    last = {slot(used).name: node for node in nodes for used in node.all_input_nodes}
+    return tuple(
+        Operation(
+            node.name,
+            node.op,
+            _out_of_place(node, start),
+            fx.map_arg(node.args, slot),
+            dict(fx.map_arg(node.kwargs, slot)),
+            tuple(name for name, user in last.items() if user is node),
+        )
+        for node in nodes
+    )
+
+
+def _out_of_place(node: fx.Node, start: fx.Node) -> Any:
+    """`x += branch(x)` would change the stream, which the segment before it gave: add instead."""
+    return operator.add if node.target is operator.iadd and node.args[0] is start else node.target
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether it gives a shape, a type, a device, or a part of one."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
+    return node.target is getattr or node.target in WITHOUT_VALUES
+
+
+def _argument(name: str) -> str:
+    """The name of an argument's value: no operation has it."""
+    return f"argument {name}"
+
+
+def _execute(step: Operation, block: nn.Module, values: dict[str, Any]) -> Any:
+    if step.kind == "get_attr":
+        return operator.attrgetter(step.target)(block)
+    args, kwargs = _filled(step.args, values), _filled(step.kwargs, values)
+    if step.kind == "call_module":
+        return block.get_submodule(step.target)(*args, **kwargs)
+    if step.kind == "call_method":
+        return getattr(args[0], step.target)(*args[1:], **kwargs)
+    return step.target(*args, **kwargs)
+
+
+def _filled(value: Any, values: dict[str, Any]) -> Any:
+    """The arguments with values in the slots."""
+    if isinstance(value, Slot):
+        return values[value.name]
+    if isinstance(value, tuple | list):
+        return type(value)(_filled(item, values) for item in value)
+    if isinstance(value, dict):
+        return {name: _filled(item, values) for name, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_filled(item, values) for item in (value.start, value.stop, value.step)))
+    return value

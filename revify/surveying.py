@@ -1,0 +1,187 @@
+"""What calibration must see of a model: the original's trajectory, what enters each stage, and which positions matter.
+
+survey_original   one pass of the plain model: outputs, what enters each stage, the blocks' side inputs
+find_importance   how much the model's output depends on each position of each block's output
+start_walks       every batch at the entrance of a stage, in the converted model so far and in the original
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify.errors import RefusalError
+from revify.planning import BlockPlan, Plan, StagePlan
+from revify.rewriting import apply_plan
+from revify.stream import Grid
+
+FLOOR = 0.1  # what a position counts at least, where the average counts 1
+
+Side = tuple[tuple[Any, ...], dict[str, Any]]  # Any: side inputs are of every type
+Forecasts = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the original does with each batch.
+
+    Args:
+        outputs: what it returns.
+        arrived: what enters each stage, by the path of its first block.
+        sides: the arguments of each block besides the stream, by path.
+        importance: how much each position of each block's output counts, by path, flat, 1 on average.
+    """
+
+    outputs: list[Any]  # Any: models return what they like
+    arrived: list[dict[str, Tensor]]
+    sides: list[dict[str, Side]]
+    importance: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class Walk:
+    """Where one batch of calibration images stands in a stage.
+
+    Args:
+        older: z[k-1].
+        z: z[k].
+        original: x*[k].
+        sides: for each block by path, the arguments besides the stream.
+        t: T(z[k]), while block k is being fitted.
+        aim: x*[k+1], while block k is being fitted.
+    """
+
+    older: Tensor
+    z: Tensor
+    original: Tensor
+    sides: dict[str, Side]
+    t: Tensor | None = None
+    aim: Tensor | None = None
+
+
+def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Tensor]) -> Survey:
+    """One pass of the original over the data: its outputs, what enters each stage, and the blocks' other arguments."""
+    paths = [planned.path for stage in plan.stages for planned in stage.blocks]
+    entrances = {stage.blocks[0].path for stage in plan.stages}
+    streams = {planned.path: planned.stream for stage in plan.stages for planned in stage.blocks}
+    survey = Survey([], [], [], importance)
+    for x in batches:
+        arrived: dict[str, Tensor] = {}
+        sides: dict[str, Side] = {}
+
+        def look(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            at = streams[path]
+            if path in entrances:
+                arrived[path] = args[at] if isinstance(at, int) else kwargs[at]  # noqa: B023
+            holed = tuple(None if at == i else a for i, a in enumerate(args))
+            sides[path] = (holed, {name: None if at == name else a for name, a in kwargs.items()})  # noqa: B023
+
+        with _watched(plain, paths, look):
+            survey.outputs.append(plain(x))
+        survey.arrived.append(arrived)
+        survey.sides.append(sides)
+    return survey
+
+
+def find_importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Tensor]:
+    """How much the output depends on each position of each block's output, through the memory-free backward."""
+    planned = {block.path: stage for stage in plan.stages for block in stage.blocks}
+    grads: dict[str, Tensor] = {}
+
+    def remember(path: str, _: nn.Module, args: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(grads.__setitem__, path))  # type: ignore[no-untyped-call]
+
+    handles = [converted.get_submodule(path).register_forward_hook(partial(remember, path)) for path in planned]
+    try:
+        with torch.enable_grad():
+            y = first_of(converted(x))
+            signs = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+            leaves: list[Tensor] = [p for p in converted.parameters() if p.requires_grad]
+            torch.autograd.grad((y * signs.to(y)).sum(), leaves, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for path, stage in planned.items():
+        size = 1
+        for axis, length in enumerate(stage.shape):
+            size *= 1 if axis in (0, stage.axis) else length
+        found[path] = torch.ones(size)
+        if path in grads and stage.axis is not None:
+            energy = by_position(grads[path].square(), stage.axis).sum(1).view(len(x), -1).mean(0).double()
+            found[path] = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
+    return found
+
+
+def start_walks(
+    plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Tensor], survey: Survey
+) -> list[Walk]:
+    """Every batch at the entrance of a stage, in the converted model so far and in the original."""
+    converted = apply_plan(plain, upstream, forecasts=fitted) if upstream.stages else None
+    grid, first = Grid(upstream.grid), stage.blocks[0]
+    walks = []
+    for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
+        original = arrived[first.path]
+        z = grid.round(original if converted is None else _arriving(converted, first, x))
+        walks.append(Walk(z, z, original, sides))
+    return walks
+
+
+def _arriving(model: nn.Module, block: BlockPlan, x: Tensor) -> Tensor:
+    """What comes to a block; the rest of the model does not run."""
+
+    def stop(_: str, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Arrived(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream])
+
+    with _watched(model, [block.path], stop):
+        try:
+            model(x)
+        except _Arrived as arrived:
+            return arrived.value
+    raise RefusalError(f"{block.path} was not called on the calibration data, though it was on the plan's example.")
+
+
+def run_block(block: nn.Module, stream: int | str, z: Tensor, side: Side) -> Tensor:
+    args, kwargs = side
+    if isinstance(stream, int):
+        args = (*args[:stream], z, *args[stream + 1 :])
+    else:
+        kwargs = {**kwargs, stream: z}
+    output: Tensor = block(*args, **kwargs)
+    return output
+
+
+def by_position(values: Tensor, axis: int) -> Tensor:
+    return values.movedim(axis, -1).reshape(-1, values.shape[axis])
+
+
+def first_of(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+class _Arrived(Exception):
+    """Ends a forward pass at a block."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: Iterable[str], look: Callable[..., None]) -> Iterator[None]:
+    """Call `look(path, module, args, kwargs)` before each of these modules runs."""
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(partial(look, path), with_kwargs=True) for path in paths
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
