@@ -44,6 +44,6 @@ def main(model: str, epochs: int, out: Path) -> Result:
 
 
 if __name__ == "__main__":
-    model, epochs = (sys.argv[1:] or ["xcit_nano_12_p8_224"])[0], int((sys.argv[2:] or ["4"])[0])
+    model, epochs = (sys.argv[1:] or ["xcit_nano_12_p8_224"])[0], int((sys.argv[2:] or ["3"])[0])
     with tempfile.TemporaryDirectory() as folder:
         main(model, epochs, Path(folder) / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from revify import presets
 from revify.calibration import calibrate
 from revify.checkpoints import load, save
 from revify.conversion import convert, plan, revert
@@ -36,6 +37,7 @@ __all__ = [
     "measure",
     "plain_backward",
     "plan",
+    "presets",
     "revert",
     "save",
 ]

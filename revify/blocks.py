@@ -127,7 +127,7 @@ def _blocks_of(
 
 
 def explain(
-    call: Call, count: int, block: ResidualBlock | None, concatenated: bool, untraced: str | None
+    call: Call, count: int, block: ResidualBlock | None, concatenated: bool
 ) -> Refusal:
     """Why a module that looks like a block is not part of a stage."""
     if count > 1:
@@ -148,9 +148,6 @@ def explain(
     if shapes and call.shape not in shapes:
         reason = f"changes the shape ({_sizes(shapes[0])} to {_sizes(call.shape)}): a transition"
         return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
-    if untraced:
-        reason = f"torch.fx cannot trace it ({untraced}), so it is not known whether it adds to its input"
-        return Refusal(call.path, reason, "checkpoint it, or write the operation so that it can be traced")
     reason = "no path of additions leads from its input to its output: it is no residual block"
     return Refusal(call.path, reason, "checkpoint it")
 

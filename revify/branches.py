@@ -45,11 +45,6 @@ def cut_blocks(plan: Plan, model: nn.Module, example: Example) -> Plan:
     return replace(plan, stages=tuple(map(with_blocks, plan.stages)))
 
 
-def is_cut(plan: Plan) -> bool:
-    """Whether any block of the plan is cut into branches."""
-    return any(block.branches for stage in plan.stages for block in stage.blocks)
-
-
 def prove(model: nn.Module, example: Example, cut: Mapping[str, tuple[Segment, ...]]) -> set[str]:
     """The paths of the blocks whose segments run, one after the other, and keep the stream's shape.
 

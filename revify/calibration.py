@@ -101,6 +101,11 @@ def calibrate(
     plan = getattr(model, "revify_plan", None)
     if not isinstance(plan, Plan):
         raise RefusalError(f"{type(model).__name__} is not a converted model: convert it, then calibrate it.")
+    if plan.is_cut:
+        raise RefusalError(
+            f'{type(model).__name__} was converted with unit="branch", and predictors are fitted to whole blocks: convert '
+            'the plain model with unit="block", then calibrate it.'
+        )
     _check_options(predictor, bits, tolerance)
     plain = remove_plan(model)
     batches = _batches(plain, data)

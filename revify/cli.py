@@ -77,15 +77,26 @@ def _plan(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
+    from revify.agreement import agreement, calibration_images
     from revify.checkpoints import save
     from revify.conversion import convert
+    from revify.datasets import open_data
 
     with _status(options, "converting"):
         created = _create(options)
-        example = torch.zeros(2, *created.input_size, device="meta")
-        model = convert(created.model, example, **_conversion(options))
+        size = created.input_size
+        example = torch.zeros(2, *size, device="meta")
+        given, found = _conversion(options), None
+        if options.calibrate:
+            data = open_data(options.calibrate, channels=size[0])
+            given["calibration"] = calibration_images(data, options.images, created.model, size)
+        model = convert(created.model, example, **given)
+        if options.calibrate:
+            found = agreement(model, created.model, data, size)
         save(model, options.out, created.record)
     print(model.revify_plan)
+    if found:
+        print(f"\n{found}")
     print(
         f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); revify.load reads it, and so does timm"
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from revify.branches import cut_blocks, is_cut
+from revify.branches import cut_blocks
 from revify.calibration import calibrate
 from revify.errors import RefusalError, RevifyError
 from revify.planning import Plan, group_reasons, make_plan
@@ -133,7 +133,7 @@ def convert(
         raise RevifyError(
             "random_sign is for fixed predictors: a calibrated one is fitted to γ > 0. Leave one of them out."
         )
-    if calibration is not None and (unit == "branch" or (plan is not None and is_cut(plan))):
+    if calibration is not None and (unit == "branch" or (plan is not None and plan.is_cut)):
         raise RevifyError(
             'unit="branch" is for fixed predictors: predictors are fitted to whole blocks. Leave one out.'
         )

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from revify.agreement import agreement, calibration_images
 from revify.architectures import Architecture, Created, create
 from revify.checkpoints import load, save
 from revify.conversion import convert, revert
@@ -82,7 +83,7 @@ def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
         progress = progress if progress and accelerator.is_main_process else Progress()
         set_seed(recipe.seed)
         created, data = _open(recipe, progress)
-        converted = _convert(created, recipe)
+        converted = _convert(created, data, recipe, progress)
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
 
         form = Form("converted", converted, out, lambda model, path: save(model, path, created.record))
@@ -194,13 +195,16 @@ def _open(recipe: Recipe, progress: Progress) -> tuple[Created, ImageData]:
     return created, data
 
 
-def _convert(created: Created, recipe: Recipe) -> nn.Module:
+def _convert(created: Created, data: ImageData, recipe: Recipe, progress: Progress) -> nn.Module:
     """The converted model, on weights of its own, so that the rivals start from the same ones."""
-    return convert(
-        copy.deepcopy(created.model),
-        torch.zeros(2, *created.input_size, device="meta"),
-        **recipe.conversion(),
-    )
+    example = torch.zeros(2, *created.input_size, device="meta")
+    options = recipe.conversion()
+    if recipe.calibrate:
+        options["calibration"] = calibration_images(data, recipe.calibrate, created.model, created.input_size)
+    converted = convert(copy.deepcopy(created.model), example, **options)
+    if recipe.calibrate:
+        progress.note(str(agreement(converted, created.model, data, created.input_size)))
+    return converted
 
 
 def _rivals(created: Created, converted: nn.Module, out: Path) -> Iterator[Form]:

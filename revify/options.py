@@ -94,11 +94,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("conversion")
     group.add_argument(
         "--bits",
-        type=int,
+        type=_bits,
         metavar="B",
-        help="residue bits per element and block, 0 to 8: memory for fidelity",
+        help='residue bits per element and block, 0 to 8: memory for fidelity; "auto" with --calibrate',
     )
-    group.add_argument("--predictor", metavar="NAME", help="of the previous stream value: identity or midpoint")
+    group.add_argument("--predictor", metavar="NAME", help="of the previous stream value: identity or midpoint; "
+        "with --calibrate diagonal, lowrank, linear_z, linear or auto")
     group.add_argument("--grid", type=int, metavar="Q", help="resolution of the stream's values, 2^-Q")
     group.add_argument("--transitions", metavar="MODE", help="what lies between the stages: keep, or checkpoint it too")
 
@@ -110,6 +111,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument(
+        "--calibrate",
+        metavar="DIR",
+        help='fit the predictors to images of this folder, or of "digits", so that the model computes nearly the same',
+    )
+    parser.add_argument(
+        "--images", type=_positive, default=64, metavar="N", help="to calibrate on (default: 64)"
+    )
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +141,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         'folder of images: DIR/train and DIR/val, or DIR, each with a folder per class; or "digits"',
     )
     run.add("--out", Path, "folder to write to (default: runs/MODEL)", default="")
+    run.add("--calibrate", int, "training images to fit the predictors on first, 0 for none")
     run.flag("--resume", "continue the run in --out after its last whole epoch")
     run.flag("--compare", "train the plain and the checkpointed model too, with the same seed and budget")
     run.add("--epochs", int, "in all")
@@ -217,6 +227,12 @@ def _keyword(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def _bits(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
+    return text if text == "auto" else int(text)
 
 
 def _positive(text: str) -> int:

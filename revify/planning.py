@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from revify.blocks import Refusal, ResidualBlock, concatenates, explain, find_blocks
 from revify.errors import RevifyError
-from revify.recording import record
+from revify.recording import follow
 from revify.stages import Stage, channel_axis, group_stages
-from revify.tracing import Call, Example, Observation, Trace, observe, tensors_of, trace
+from revify.tracing import Call, Example, Observation, Trace, observe, tensors_of
 
 FORMAT = 1
 
@@ -128,7 +128,7 @@ class Plan:
         checkpointed: what lies between the stages and is checkpointed.
         refusals: what looks like a block and is left as it is.
         saved_bytes: what plain autograd saves for the example.
-        traced: how the structure was found: "whole" or, where the whole model cannot be traced, the reason.
+        traced: how the structure was found: "whole" or, where the whole model cannot be traced, why not.
     """
 
     model: str
@@ -146,6 +146,11 @@ class Plan:
     def stage_share(self) -> float:
         """The share of the saved bytes that lies inside the stages, 0…1."""
         return sum(stage.saved_bytes for stage in self.stages) / max(self.saved_bytes, 1)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether any block is cut into branches."""
+        return any(block.branches for stage in self.stages for block in stage.blocks)
 
     @property
     def predicted_bytes(self) -> int:
@@ -202,7 +207,7 @@ def make_plan(
         grid: resolution of the grid.
         transitions: "keep" or "checkpoint".
     """
-    observation, graph = observe(model, example), trace(model, example)
+    observation, graph = observe(model, example), follow(model, example)
     modules = dict(model.named_modules())
     blocks = find_blocks(observation, graph, modules)
     stages = group_stages(blocks, graph)
@@ -218,7 +223,7 @@ def make_plan(
         checkpointed=_transitions(observation, stages) if stages and transitions == "checkpoint" else (),
         refusals=_refusals(observation, graph, blocks, stages, modules),
         saved_bytes=observation.saved_bytes,
-        traced=f"block by block, since the whole could not be: {graph.failure}" if graph.failure else "whole",
+        traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
 
 
@@ -290,9 +295,8 @@ def _refusals(
         covered = call.path in inside | above or any(parent in inside | set(refused) for parent in _parents(call.path))
         if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
             within = _nodes_within(call, graph)
-            untraced = trace_block(modules[call.path], call).failure if graph.failure else None
             refused[call.path] = explain(
-                call, counts[call.path], residual.get(call.path), concatenates(within), untraced
+                call, counts[call.path], residual.get(call.path), concatenates(within)
             )
     if not stages and not refused:
         nothing = "no module adds its input to its output: there is no residual block in it"

@@ -32,9 +32,10 @@ class Recipe:
         checkpoint: start from the weights in this file.
         predictor: of the previous stream value; here and in the next three None is the default of
             `revify.convert`.
-        bits: residue bits per element and step.
+        bits: residue bits per element and step; with calibration also "auto".
         grid: resolution of the grid, in bits.
         transitions: what becomes of the layers between the stages.
+        calibrate: training images to fit the predictors on before training starts, ≥ 0; 0 does not.
         data: "digits", or a folder of images.
         out: folder for all that is written.
         epochs: in all, those before a resume included, ≥ 1.
@@ -74,12 +75,13 @@ class Recipe:
     pretrained: bool = False
     checkpoint: Path | None = None
     predictor: str | None = None
-    bits: int | None = None
+    bits: int | str | None = None
     grid: int | None = None
     transitions: str | None = None
+    calibrate: int = 0
     data: str | Path = "digits"
     out: Path = Path("runs/finetune")
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 32
     opt: str = "adamw"
     lr: float = 1e-3
@@ -132,6 +134,7 @@ class Recipe:
                 min(self.mixup, self.cutmix, self.color_jitter) >= 0,
                 "mixup, cutmix and color_jitter must be 0 or above",
             ),
+            (self.calibrate >= 0, f"calibrate is {self.calibrate}; it must be 0 or above"),
             (0 <= self.reprob <= 1, f"reprob is {self.reprob}, not in [0, 1]"),
             (self.hflip is None or 0 <= self.hflip <= 1, f"hflip is {self.hflip}, not in [0, 1]"),
             (0 < low <= high <= 1, f"scale is {self.scale}; expected 0 < low <= high <= 1"),

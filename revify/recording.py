@@ -19,9 +19,23 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from revify.tracing import Example, Trace, TracedCall, call_with, run_copy
+from revify.tracing import Example, Trace, TracedCall, call_with, run_copy, trace
 
 IN_PLACE = {"__iadd__": "add_", "__imul__": "mul_", "__isub__": "sub_", "__itruediv__": "div_"}
+
+
+def follow(model: nn.Module, example: Example) -> Trace:
+    """Trace the model with torch.fx; where that fails, record a run of it.
+
+    Args:
+        model: any module; it stays as it is.
+        example: its inputs.
+
+    Raises:
+        RefusalError: the model does not run on inputs of these shapes.
+    """
+    traced = trace(model, example)
+    return traced if traced.failure is None else record(model, example, traced.failure)
 
 
 def record(model: nn.Module, example: Example, failure: str) -> Trace:

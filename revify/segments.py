@@ -163,9 +163,10 @@ def _cuts(graph: fx.Graph, x: fx.Node, modules: dict[str, nn.Module]) -> list[fx
     unused = [n for n in graph.nodes if not n.users and n.op not in ("output", "placeholder", "get_attr")]
     if not isinstance(y, fx.Node) or not all(_is_size(n) or "assert" in str(n.target) for n in unused):
         return []  # what nobody uses is there for a side effect; asserts are torch.fx's own, of fixed arguments
-    found = [x]
+    found, dependent = [x], dependent_on(x)
     for node in graph.nodes:
-        narrow = node.target in ADDITIONS and node is not y and not _reaches(x, y, without=node)
+        joins = node.target in ADDITIONS and len(dependent.intersection(node.all_input_nodes)) > 1
+        narrow = joins and node is not y and not _reaches(x, y, without=node)
         if narrow and find_shortcut(found[-1], node, modules) in (Shortcut.IDENTITY, Shortcut.SCALED):
             found.append(node)
     while len(found) > 1 and find_shortcut(found[-1], y, modules) is None:

@@ -213,6 +213,7 @@ def _trace(bare: nn.Module, given: Collection[int | str]) -> Trace:
         except Exception as error:  # fx runs the model's own code on proxies: it may fail in any way
             failure = failure or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             continue
+        tracer.calls[""] = [TracedCall("", (), {}, list(graph.nodes)[-1].args[0])]
         return Trace(graph, tracer.calls, dict(bare.named_modules()))
     return Trace(None, {}, {}, failure)
 

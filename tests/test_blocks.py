@@ -14,12 +14,13 @@ from torch.fx import Tracer
 
 import revify
 from revify.blocks import Shortcut, find_blocks, find_shortcut
-from revify.tracing import observe, trace
+from revify.recording import follow
+from revify.tracing import observe
 
 
 def blocks_of(model: zoo.Net) -> dict[str, Shortcut]:
     example = model.example()
-    found = find_blocks(observe(model, example), trace(model, example), dict(model.named_modules()))
+    found = find_blocks(observe(model, example), follow(model, example), dict(model.named_modules()))
     return {block.call.path: block.shortcut for block in found}
 
 
@@ -145,5 +146,5 @@ def test_inner_additions_are_no_blocks() -> None:
 def test_blocks_are_found_one_by_one_where_the_whole_cannot_be_traced() -> None:
     plan = revify.plan(zoo.BranchesOnData(), torch.randn(zoo.TOKENS))
     assert [b.path for b in plan.stages[0].blocks] == [f"blocks.{i}" for i in range(4)]
-    assert plan.traced.startswith("block by block, since the whole could not be: TraceError: symbolically traced")
-    assert "traced block by block" in str(plan)
+    assert plan.traced.startswith("by a run, since torch.fx could not trace it: TraceError: symbolically traced")
+    assert "traced by a run" in str(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -236,3 +237,21 @@ def test_the_module_runs() -> None:
     command = [sys.executable, "-m", "revify", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"revify {revify.__version__}\n"
+
+
+def test_convert_calibrates_on_images_and_says_how_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.safetensors"
+    words = ["convert", "test_vit", "--img-size", "32", "--out", str(file), "--num-classes", "10", "--calibrate", "digits"]
+    assert main([*words, "--images", "8", "--bits", "1", "--predictor", "diagonal"]) == 0
+    out = capsys.readouterr().out
+    assert "diagonal" in out
+    assert re.search(r"converted and original agree on \d+\.\d% of 256 held-out images", out)
+    stage = revify.load(file).revify_plan.stages[0]
+    assert (stage.predictor, stage.bits) == ("diagonal", 1)
+    assert stage.deviation is not None
+
+
+def test_calibrated_predictors_without_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", "test_vit", "--out", str(tmp_path / "m.safetensors"), "--predictor", "linear"]
+    assert main(words) == 1
+    assert "this is fitted on images" in capsys.readouterr().err

@@ -449,3 +449,25 @@ def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     main = runpy.run_path(str(script))["main"]
     main("test_vit", 1, tmp_path / "run")
     assert "by timm alone" in capsys.readouterr().out
+
+
+def test_a_calibrated_run_resumes_to_the_same_weights(images: Path, tmp_path: Path) -> None:
+    fitted = {"calibrate": 8, "predictor": "diagonal", "bits": 1}
+    notes = Notes()
+    finetune(recipe(images, tmp_path / "whole", **fitted), notes)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(images, tmp_path / "cut", **fitted), InterruptAfter(1))
+    finetune(recipe(images, tmp_path / "cut", resume=True, **fitted))
+    assert any("revify_scale" in name for name in weights(tmp_path / "whole"))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert any("converted and original agree on" in note for note in notes.notes)
+
+
+class Notes(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 import revify
 from revify.blocks import find_blocks
 from revify.stages import Stage, group_stages
-from revify.tracing import observe, trace
+from revify.recording import follow
+from revify.tracing import observe
 
 
 def stages_of(model: zoo.Net) -> tuple[Stage, ...]:
     example = model.example()
-    graph = trace(model, example)
+    graph = follow(model, example)
     return group_stages(find_blocks(observe(model, example), graph, dict(model.named_modules())), graph)
 
 

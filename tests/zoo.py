@@ -409,23 +409,28 @@ class ResidualsInALoop(Net):
 
 
 class ReturnsTuples(Net):
-    STAGES = ()
+    """The stream is the second of three results; the first has a gradient, the third is no tensor."""
+
+    STAGES = paths("blocks", count=3)
 
     class Block(Mlp):
-        def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
-            return super().forward(x), 1
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:  # type: ignore[override]
+            y = super().forward(x)
+            return self.norm(y).mean(1), y, 1
 
     def __init__(self) -> None:
         super().__init__(*(self.Block() for _ in range(3)))
 
     def forward(self, x: Tensor) -> Tensor:
+        x, pooled = self.stem(x), 0
         for block in self.blocks:
-            x, _ = block(x)
-        return self.head(x.mean(1))
+            mean, x, one = block(x)
+            pooled = pooled + one * mean.square()
+        return self.head(x.mean(1) + pooled)
 
 
 class UntraceableBlocks(Net):
-    STAGES = ()
+    STAGES = paths("blocks", count=3)
 
     class Block(Mlp):
         def forward(self, x: Tensor) -> Tensor:
@@ -467,6 +472,8 @@ CONVERTIBLE: tuple[type[Net], ...] = (
     BranchesOnData,
     DrawsNumbersOutsideTheBlocks,
     TakesTwoInputs,
+    ReturnsTuples,
+    UntraceableBlocks,
 )
 
 REFUSED: dict[type[Net], str] = {
@@ -475,7 +482,5 @@ REFUSED: dict[type[Net], str] = {
     DenseConcat: "its output is concatenated with its input",
     NoShortcut: "no path of additions leads from its input to its output",
     ResidualsInALoop: "no path of additions leads from its input to its output",
-    ReturnsTuples: "does not return one tensor",
-    UntraceableBlocks: "torch.fx cannot trace it (RuntimeError: 'len' is not supported in symbolic tracing",
     SingleBlocks: "is a residual block, but neither the module before it nor the one after it continues its stream",
 }
