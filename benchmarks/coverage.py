@@ -82,10 +82,11 @@ def main() -> int:
     survey = Sheet("coverage_survey", SURVEY)
     plans, checks = Sheet("coverage", PLANS), Sheet("coverage_checks", CHECKS)
     for pattern in arguments.again:
-        plans.drop(pattern)
-        checks.drop(pattern)
+        for part, sheet in (("plans", plans), ("checks", checks)):
+            if part in arguments.parts:
+                sheet.drop(pattern)
     names = timm.list_models()
-    _sweep("survey", survey, names, lambda name: _survey(name))
+    _sweep("survey", survey, names, _survey)
     chosen = representatives(list(survey.rows.values()))
     wanted = [n for n in (names if arguments.all else chosen) if fnmatch.fnmatch(n, arguments.only)]
     if "plans" in arguments.parts:

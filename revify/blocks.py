@@ -149,7 +149,7 @@ def explain(
         reason = f"changes the shape ({_sizes(shapes[0])} to {_sizes(call.shape)}): a transition"
         return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
     reason = "no path of additions leads from its input to its output: it is no residual block"
-    return Refusal(call.path, reason, "checkpoint it")
+    return Refusal(call.path, reason, "if its caller adds, put the addition into a module; otherwise checkpoint it")
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -53,8 +53,7 @@ def plan(
     Args:
         model: the model, which may be on any device.
         example: one batch of input, a tuple of positional inputs or a dictionary of keyword inputs; only shapes and
-            types matter. Without it, two
-            images of the size in the model's timm configuration.
+            types matter. Without it, two images of the size in the model's timm configuration.
         predictor: of the previous stream value from the current one.
         bits: residue bits per element and step, 0…8: each costs b/8 byte and halves the change of the function.
         grid: resolution q; stream values are multiples of 2^-q within ±2^(24-q).

@@ -41,8 +41,10 @@ def plain_backward() -> Iterator[None]:
     This is the oracle of revify's own tests, and what a doubtful gradient is to be compared with.
 
     Example:
+        >>> import timm, torch, revify
+        >>> model = revify.convert(timm.create_model("test_vit"))
         >>> with revify.plain_backward():
-        ...     model(images).sum().backward()
+        ...     model(torch.randn(2, 3, 160, 160)).sum().backward()
     """
     token = _plain.set(True)
     try:

@@ -367,6 +367,20 @@ def test_second_backward_in_floats() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("model", [sequence(additive, 3), affine_sequence(3)], ids=["additive", "affine"])
+def test_double_backward(model: ReversibleSequence) -> None:
+    model, outcomes = copy.deepcopy(model).double().eval(), []
+    for plain in (True, False):
+        model.zero_grad()
+        x = tokens().double().requires_grad_()
+        with revify.plain_backward() if plain else contextlib.nullcontext():
+            (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            slope.square().sum().backward()
+        outcomes.append({"input": x.grad, **gradients(model)})
+    for name, expected in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], expected, rtol=1e-10, atol=1e-10)
+
+
 def test_frozen_branches_and_an_input_without_gradient() -> None:
     model = sequence(additive)
     model.blocks[1].requires_grad_(False)

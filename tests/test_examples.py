@@ -1,0 +1,44 @@
+"""The examples run, and what they print is what they promise."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def printed_by(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_torchvision_models(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    lines = printed_by("torchvision_models", capsys)
+    stages = {name: rest.split(",")[0] for name, _, rest in (line.partition(": stages ") for line in lines)}
+    assert stages == {
+        "resnet50": "2-3-5-2",
+        "vit_b_16": "4",
+        "swin_t": "2-2-6-2",
+        "convnext_tiny": "3-3-9-3",
+        "efficientnet_v2_s": "2-3-3-5-8-14",
+    }
+    assert all(line.endswith("exact True, reverted True") for line in lines)
+
+
+def test_handwritten_network(capsys: pytest.CaptureFixture[str]) -> None:
+    refused, converted = printed_by("handwritten_network", capsys)
+    assert refused.startswith("refused: Inline has no stage to convert: layers.0, layers.1 and 4 more: no path of additions")
+    assert "Use gradient checkpointing" in refused
+    assert converted == "converted: 6 blocks in one stage"
+
+
+def test_transformers_models(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    lines = printed_by("transformers_models", capsys)
+    names = [line.partition(":")[0] for line in lines]
+    assert names == ["ViT", "DINOv2", "CLIP", "BERT", "GPT-2", "Llama", "Whisper"]
+    assert all(": 4 blocks, " in line and line.endswith("exact True") for line in lines)
