@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import revify
-from revify.planning import group_reasons
+from revify.tables import group_reasons
 
 RESULTS = Path(__file__).parent / "results"
 SURVEY = ("name", "family", "kind", "structure", "parameters")
@@ -42,7 +42,13 @@ SIZES = (64, 96, 128, 160, 192, 224, 256)
 PLAN_SECONDS, CHECK_SECONDS = 60, 120
 DEEP = 20_000_000  # parameters from which a model is made shallower, where it has an argument for that
 LARGEST = 150_000_000  # parameters of a model that is run
-DEPTHS = ({"depth": 4}, {"depths": (2, 2, 2, 2)}, {"depths": (1, 2, 2, 1)}, {"layers": (2, 2, 2, 2)}, {"layers": (1, 2, 2, 1)})
+DEPTHS = (
+    {"depth": 4},
+    {"depths": (2, 2, 2, 2)},
+    {"depths": (1, 2, 2, 1)},
+    {"layers": (2, 2, 2, 2)},
+    {"layers": (1, 2, 2, 1)},
+)
 Row = dict[str, Any]
 
 
@@ -94,7 +100,9 @@ def main() -> int:
     runnable = [n for n in chosen if n in wanted and plans.rows.get(n, {}).get("status") == "converted"]
     runnable.sort(key=lambda n: int(survey.rows[n]["parameters"]))
     if "checks" in arguments.parts:
-        _sweep("checks", checks, runnable, lambda n: {**_about(survey.rows[n]), **_checked(survey.rows[n], plans.rows[n])})
+        _sweep(
+            "checks", checks, runnable, lambda n: {**_about(survey.rows[n]), **_checked(survey.rows[n], plans.rows[n])}
+        )
     figures = write_page(survey.rows, plans.rows, checks.rows, chosen)
     print(figures)
     bad = [r for r in (*plans.rows.values(), *checks.rows.values()) if r["status"] in ("crash", "failed")]
@@ -189,7 +197,9 @@ def _checked(about: Row, plan: Row) -> Row:
     try:
         with _limit(CHECK_SECONDS):
             kwargs, shape = reduced(about["name"], int(plan["stages"]), int(about["parameters"]))
-            row["size"] = "x".join(map(str, shape)) + "".join(f" {k}={v}" for k, v in kwargs.items() if k[:2] in ("de", "la"))
+            row["size"] = "x".join(map(str, shape)) + "".join(
+                f" {k}={v}" for k, v in kwargs.items() if k[:2] in ("de", "la")
+            )
             parameters = sum(p.numel() for p in _on_meta(about["name"], **kwargs).parameters())
             if parameters > LARGEST:
                 return {**row, "status": "too large", "reason": f"{parameters:,} parameters"}
@@ -209,7 +219,9 @@ def reduced(name: str, stages: int, parameters: int = 0) -> tuple[dict[str, Any]
     Large models are made shallower too, and may then have fewer stages.
     """
     full: tuple[int, ...] = tuple(_on_meta(name).pretrained_cfg["input_size"])
-    trials = [({**depth, **size}, side, 1) for depth in DEPTHS for side in SIZES[:3] for size in ({"img_size": side}, {})]
+    trials = [
+        ({**depth, **size}, side, 1) for depth in DEPTHS for side in SIZES[:3] for size in ({"img_size": side}, {})
+    ]
     trials = trials if parameters > DEEP else []
     trials += [(size, side, stages) for side in SIZES for size in ({"img_size": side}, {})]
     for kwargs, side, least in trials:
@@ -287,7 +299,9 @@ def _flat(output: Any) -> list[Tensor]:
 
 
 def _classes(model: nn.Module) -> list[str]:
-    return [f"{path} {type(m).__name__}{' replaced' if 'forward' in vars(m) else ''}" for path, m in model.named_modules()]
+    return [
+        f"{path} {type(m).__name__}{' replaced' if 'forward' in vars(m) else ''}" for path, m in model.named_modules()
+    ]
 
 
 class Timeout(BaseException):

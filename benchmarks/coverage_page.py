@@ -78,9 +78,7 @@ def _percent(share: Any) -> str:
     return f"{100 * float(share):.0f} %"
 
 
-def _figures(
-    survey: Mapping[str, Row], plans: Mapping[str, Row], checks: Mapping[str, Row], chosen: list[str]
-) -> str:
+def _figures(survey: Mapping[str, Row], plans: Mapping[str, Row], checks: Mapping[str, Row], chosen: list[str]) -> str:
     planned = [plans[n] for n in chosen if n in plans]
     status = _counts(planned)
     outcome = _counts([checks[n] for n in chosen if n in checks])

@@ -2,8 +2,8 @@
 
 Every parameter, the input, the output and every buffer (BatchNorm statistics) are compared with torch.equal,
 in train mode with dropout and drop-path on. Parameters are stirred first, because a freshly made network has
-branches that are zero. "zero" counts gradients that are zero all the same: drop-path has dropped that branch for every image of the
-batch. Exit status 1 if anything differs.
+branches that are zero. "zero" counts gradients that are zero all the same: drop-path has dropped that branch for every image of
+the batch. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations

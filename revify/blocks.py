@@ -23,7 +23,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from revify.tracing import Call, Observation, TensorInput, Trace
+from revify.observing import Call, Observation, TensorInput
+from revify.tracing import Trace
 
 
 class Shortcut(StrEnum):
@@ -124,36 +125,6 @@ def _blocks_of(
         if shortcut is not None:
             yield ResidualBlock(call, stream, shortcut, result)
             return
-
-
-def explain(
-    call: Call, count: int, block: ResidualBlock | None, concatenated: bool
-) -> Refusal:
-    """Why a module that looks like a block is not part of a stage."""
-    if count > 1:
-        return Refusal(call.path, f"is called {count} times in one forward pass", "give each call a module of its own")
-    if call.output is None and block is None:
-        reason = "does not return a tensor, or several none of which is its input with something added"
-        return Refusal(call.path, reason, "checkpoint it")
-    if any(i.changed for i in call.inputs):
-        reason = "changes its input in place, which the backward would have to reconstruct"
-        return Refusal(call.path, reason, "make its first operation out of place (activations: inplace=False)")
-    if block is not None:
-        reason = "is a residual block, but neither the module before it nor the one after it continues its stream"
-        return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
-    if concatenated:
-        reason = "its output is concatenated with its input, not added to it: the width grows, there is no stream"
-        return Refusal(call.path, reason, "checkpoint it")
-    shapes = [i.shape for i in call.inputs]
-    if shapes and call.shape not in shapes:
-        reason = f"changes the shape ({_sizes(shapes[0])} to {_sizes(call.shape)}): a transition"
-        return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
-    reason = "no path of additions leads from its input to its output: it is no residual block"
-    return Refusal(call.path, reason, "if its caller adds, put the addition into a module; otherwise checkpoint it")
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape[1:])) or "a scalar"
 
 
 def _shortcut_of(

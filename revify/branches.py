@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify.observing import Observation, observe
 from revify.planning import BlockPlan, Plan, StagePlan
 from revify.segments import Segment, find_segments, with_stream
-from revify.tracing import Example, Observation, meta_copy, observe
+from revify.tracing import Example, meta_copy
 
 
 def cut_blocks(plan: Plan, model: nn.Module, example: Example) -> Plan:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from revify.branches import cut_blocks
 from revify.calibration import calibrate
 from revify.errors import RefusalError, RevifyError
-from revify.planning import Plan, group_reasons, make_plan
+from revify.planning import Plan, make_plan
 from revify.predictors import CALIBRATED, FIXED
 from revify.rewriting import apply_plan, remove_plan
 from revify.stream import MAX_BITS
+from revify.tables import group_reasons
 
 DEFAULT_BITS = 4
 DEFAULT_GRID = 12

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from revify.blocks import Refusal, ResidualBlock, concatenates, explain, find_blocks
+from revify.blocks import Refusal, find_blocks
 from revify.errors import RevifyError
+from revify.observing import Observation, observe
 from revify.recording import follow
+from revify.refusals import find_refusals, parents
 from revify.stages import Stage, channel_axis, group_stages
-from revify.tracing import Call, Example, Observation, Trace, observe, tensors_of
+from revify.tables import draw_plan
+from revify.tracing import Example, tensors_of
 
 FORMAT = 1
 
@@ -185,7 +184,7 @@ class Plan:
             raise RevifyError(f"this revify plan is damaged ({error}): write it again with Plan.to_json().") from error
 
     def __str__(self) -> str:
-        return _table(self)
+        return draw_plan(self)
 
 
 def make_plan(
@@ -221,7 +220,7 @@ def make_plan(
         transitions=transitions,
         stages=tuple(_stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages),
         checkpointed=_transitions(observation, stages) if stages and transitions == "checkpoint" else (),
-        refusals=_refusals(observation, graph, blocks, stages, modules),
+        refusals=find_refusals(observation, graph, blocks, stages, modules),
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
@@ -246,7 +245,7 @@ def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> St
 def _transitions(observation: Observation, stages: tuple[Stage, ...]) -> tuple[CheckpointPlan, ...]:
     """The largest modules without a stage in them that lie beside or between stages; stem and head are left alone."""
     inside = {b.call.path for stage in stages for b in stage.blocks}
-    above = {parent for path in inside for parent in _parents(path)}
+    above = {parent for path in inside for parent in parents(path)}
     orders = [b.call.order for stage in stages for b in stage.blocks]
     found: list[CheckpointPlan] = []
     counts = [call.path for call in observation.calls]
@@ -266,57 +265,6 @@ def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
     for size in shape:
         itemsize *= size
     return itemsize
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts))]
-
-
-def _refusals(
-    observation: Observation,
-    graph: Trace,
-    blocks: tuple[ResidualBlock, ...],
-    stages: tuple[Stage, ...],
-    modules: dict[str, nn.Module],
-) -> tuple[Refusal, ...]:
-    """A reason for every module that looks like a block, a child of a sequence with modules of its own, and is in no stage."""
-    inside = {b.call.path for stage in stages for b in stage.blocks}
-    above = {parent for path in inside for parent in _parents(path)}
-    residual = {b.call.path: b for b in blocks}
-    counts: dict[str, int] = {}
-    for call in observation.calls:
-        counts[call.path] = counts.get(call.path, 0) + 1
-    refused: dict[str, Refusal] = {}
-    for call in observation.calls:
-        reused = counts[call.path] > 1 and any(i.shape == call.shape for i in call.inputs)
-        candidate = (reused or _in_sequence(call, modules)) and list(modules[call.path].children())
-        looks_like_block = call.path in residual or candidate
-        covered = call.path in inside | above or any(parent in inside | set(refused) for parent in _parents(call.path))
-        if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
-            within = _nodes_within(call, graph)
-            refused[call.path] = explain(
-                call, counts[call.path], residual.get(call.path), concatenates(within)
-            )
-    if not stages and not refused:
-        nothing = "no module adds its input to its output: there is no residual block in it"
-        refused[""] = Refusal("", nothing, "use gradient checkpointing")
-    return tuple(refused.values())
-
-
-def _in_sequence(call: Call, modules: dict[str, nn.Module]) -> bool:
-    parent = modules[call.path.rpartition(".")[0]]
-    return isinstance(parent, nn.Sequential | nn.ModuleList) and len(parent) > 1
-
-
-def _nodes_within(call: Call, graph: Trace) -> list[Any]:
-    """The graph's nodes that were made inside of one module."""
-    if graph.graph is None:
-        return []
-    inside: Callable[[Any], bool] = lambda node: any(
-        path == call.path or path.startswith(call.path + ".") for path in (node.meta.get("nn_module_stack") or {})
-    )
-    return [node for node in graph.graph.nodes if inside(node)]
 
 
 def _restored(fields: dict[str, Any]) -> dict[str, Any]:
@@ -341,53 +289,3 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists only."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def _table(plan: Plan) -> str:
-    """The plan as text, with a row for each stage."""
-    shapes = ", ".join("×".join(map(str, shape)) for shape in plan.example)
-    name = f"{plan.architecture} ({plan.model})" if plan.architecture else plan.model
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, input {shapes}", title_justify="left")
-    for column in ("stage", "blocks", "shape", "shortcut", "predictor"):
-        table.add_column(column)
-    for column in ("bits", "deviation", "saved MiB", "share"):
-        table.add_column(column, justify="right")
-    for number, stage in enumerate(plan.stages):
-        first, last = stage.blocks[0], stage.blocks[-1]
-        cut = f", {len(stage.steps)} branches" if len(stage.steps) > len(stage.blocks) else ""
-        table.add_row(
-            str(number),
-            f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",
-            "×".join(map(str, stage.shape[1:])),
-            ", ".join(sorted({b.shortcut for b in stage.blocks})),
-            f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor,
-            str(stage.bits),
-            "–" if stage.deviation is None else f"{stage.deviation:.4f}",
-            f"{stage.saved_bytes / 2**20:.1f}",
-            f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",
-        )
-    text = io.StringIO()
-    console = Console(file=text, width=130, highlight=False)
-    console.print(table)
-    for c in plan.checkpointed:
-        console.print(f"  checkpointed: {c.path} ({c.saved_bytes / 2**20:.1f} MiB)")
-    for reason, paths in group_reasons(plan.refusals).items():
-        console.print(f"  left as it is: {paths}: {reason}")
-    console.print(
-        f"  saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
-        f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
-    )
-    if plan.traced != "whole":
-        console.print(f"  traced {plan.traced}")
-    return text.getvalue().rstrip()
-
-
-def group_reasons(refusals: tuple[Refusal, ...]) -> dict[str, str]:
-    """Each reason with the modules that it was given for."""
-    groups: dict[str, list[str]] = {}
-    for refusal in refusals:
-        groups.setdefault(refusal.reason, []).append(refusal.path or "the whole model")
-    return {
-        reason: ", ".join(paths) if len(paths) < 4 else f"{paths[0]}, {paths[1]} and {len(paths) - 2} more"
-        for reason, paths in groups.items()
-    }

@@ -164,7 +164,7 @@ def _target(func: Callable[..., Any]) -> Any:
         return IN_PLACE[name]
     if name == "__getitem__":
         return "getitem"
-    is_method = isinstance(owner, type) and issubclass(Tensor, owner) or func is getattr(Tensor, name, None)
+    is_method = (isinstance(owner, type) and issubclass(Tensor, owner)) or func is getattr(Tensor, name, None)
     if not is_method:
         return func
     plain = name.removeprefix("__r").removeprefix("__").removesuffix("__")

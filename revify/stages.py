@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from revify.blocks import ResidualBlock
-from revify.tracing import Observation, Trace, ValueKey
+from revify.observing import Observation, ValueKey
+from revify.tracing import Trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,90 +12,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from revify.errors import RefusalError
 
 Result = TypeVar("Result")
 Example = Sequence[Tensor] | Mapping[str, Tensor]  # a model's inputs, by position or by keyword
-
-
-@dataclass(frozen=True, slots=True)
-class ValueKey:
-    """One state of one tensor in an observed pass: an in-place change makes another key."""
-
-    serial: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInput:
-    """A tensor among a call's arguments.
-
-    Args:
-        argument: its position or keyword.
-        key: which value it was.
-        shape: its shape.
-        dtype: its type.
-        changed: whether the call changed it in place.
-    """
-
-    argument: int | str
-    key: ValueKey
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    changed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TensorResult:
-    """A tensor among several that a call returned, by its position."""
-
-    position: int
-    key: ValueKey
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of one module.
-
-    Args:
-        path: the module's path.
-        kind: its class name.
-        order: position among all calls, by start.
-        inputs: its tensor arguments.
-        output: the value it returned, None unless that is one tensor.
-        shape: of that tensor.
-        dtype: of that tensor.
-        saved_bytes: what autograd saved for backward within the call.
-        results: the tensors among what it returned, where that is a tuple or a list.
-    """
-
-    path: str
-    kind: str
-    order: int
-    inputs: tuple[TensorInput, ...]
-    output: ValueKey | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    saved_bytes: int
-    results: tuple[TensorResult, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """All calls of one forward pass, in the order of their start, and what the whole pass saved."""
-
-    calls: tuple[Call, ...]
-    saved_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,22 +65,6 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = _without_data(buffer)
     return _bare(copy.deepcopy(model, memo))
-
-
-def observe(model: nn.Module, example: Example) -> Observation:
-    """Watch one forward pass of a copy of the model, in train mode.
-
-    Args:
-        model: any module; it stays as it is.
-        example: its inputs; only shapes and types matter where the model runs on the meta device.
-
-    Returns:
-        The module calls, with links between them by identity of values.
-
-    Raises:
-        RefusalError: the model does not run on inputs of these shapes.
-    """
-    return run_copy(model, example, lambda copied, given: _Observer().watch(copied, given))
 
 
 def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Example], Result]) -> Result:
@@ -238,96 +149,6 @@ def _bare(model: nn.Module) -> nn.Module:
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()
     return model.train()
-
-
-class _Observer:
-    """Notes calls, values and saved bytes while a model runs. Values stay alive, so that identities are not reused."""
-
-    def __init__(self) -> None:
-        self._alive: list[Tensor] = []
-        self._serials: dict[int, int] = {}
-        self._calls: list[Call] = []
-        self._open: list[tuple[int, int, tuple[TensorInput, ...]]] = []
-        self._started = 0
-        self._saved = 0
-        self._storages: set[int] = set()
-
-    def watch(self, model: nn.Module, example: Example) -> Observation:
-        owned = [*model.parameters(), *model.buffers()]
-        self._storages = {t.untyped_storage()._cdata for t in owned}
-        handles = []
-        for path, module in model.named_modules():
-            if path:
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leaver(path), with_kwargs=True))
-        try:
-            with torch.enable_grad(), saved_tensors_hooks(self._save, _unread):
-                call_with(model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return Observation(tuple(sorted(self._calls, key=lambda call: call.order)), self._saved)
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = tuple(
-            TensorInput(argument, self._key(value), tuple(value.shape), value.dtype, False)
-            for argument, value in _arguments(args, kwargs)
-        )
-        self._open.append((self._started, self._saved, inputs))
-        self._started += 1
-
-    def _leaver(self, path: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            order, saved, before = self._open.pop()
-            now = [self._key(value) for _, value in _arguments(args, kwargs)]
-            inputs = tuple(
-                TensorInput(i.argument, i.key, i.shape, i.dtype, i.key != key)
-                for i, key in zip(before, now, strict=True)
-            )
-            one = isinstance(output, Tensor)
-            several = enumerate(output) if isinstance(output, tuple | list) else ()
-            results = tuple(
-                TensorResult(position, self._key(value), tuple(value.shape), value.dtype)
-                for position, value in several
-                if isinstance(value, Tensor)
-            )
-            self._calls.append(
-                Call(
-                    path,
-                    type(module).__name__,
-                    order,
-                    inputs,
-                    self._key(output) if one else None,
-                    tuple(output.shape) if one else (),
-                    output.dtype if one else None,
-                    self._saved - saved,
-                    results,
-                )
-            )
-
-        return leave
-
-    def _key(self, tensor: Tensor) -> ValueKey:
-        if id(tensor) not in self._serials:
-            self._alive.append(tensor)
-            self._serials[id(tensor)] = len(self._alive)
-        return ValueKey(self._serials[id(tensor)], tensor._version)
-
-    def _save(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages.add(storage._cdata)
-            self._alive.append(tensor)
-            self._saved += storage.nbytes()
-
-
-def _unread(kept: None) -> Tensor:
-    raise RefusalError("the model ran a backward within its forward; revify cannot analyse that.")
-
-
-def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | str, Tensor]]:
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return ((argument, value) for argument, value in named if isinstance(value, Tensor))
 
 
 class _ModuleTracer(fx.Tracer):

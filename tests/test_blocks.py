@@ -14,8 +14,8 @@ from torch.fx import Tracer
 
 import revify
 from revify.blocks import Shortcut, find_blocks, find_shortcut
+from revify.observing import observe
 from revify.recording import follow
-from revify.tracing import observe
 
 
 def blocks_of(model: zoo.Net) -> dict[str, Shortcut]:

@@ -31,7 +31,9 @@ def test_torchvision_models(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_handwritten_network(capsys: pytest.CaptureFixture[str]) -> None:
     refused, converted = printed_by("handwritten_network", capsys)
-    assert refused.startswith("refused: Inline has no stage to convert: layers.0, layers.1 and 4 more: no path of additions")
+    assert refused.startswith(
+        "refused: Inline has no stage to convert: layers.0, layers.1 and 4 more: no path of additions"
+    )
     assert "Use gradient checkpointing" in refused
     assert converted == "converted: 6 blocks in one stage"
 

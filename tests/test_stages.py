@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import revify
 from revify.blocks import find_blocks
-from revify.stages import Stage, group_stages
+from revify.observing import observe
 from revify.recording import follow
-from revify.tracing import observe
+from revify.stages import Stage, group_stages
 
 
 def stages_of(model: zoo.Net) -> tuple[Stage, ...]:

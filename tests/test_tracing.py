@@ -9,7 +9,8 @@ from asserts import Unchanged
 from torch import Tensor, fx, nn
 
 from revify.errors import RefusalError
-from revify.tracing import Call, meta_copy, observe, trace
+from revify.observing import Call, observe
+from revify.tracing import meta_copy, trace
 
 
 def calls_of(model: zoo.Net) -> dict[str, list[Call]]:

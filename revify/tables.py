@@ -1,0 +1,65 @@
+"""Plan → text: a table with a row for each stage, and what is left as it is."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from revify.blocks import Refusal
+
+if TYPE_CHECKING:
+    from revify.planning import Plan
+
+
+def draw_plan(plan: Plan) -> str:
+    """The plan as text, with a row for each stage."""
+    shapes = ", ".join("×".join(map(str, shape)) for shape in plan.example)
+    name = f"{plan.architecture} ({plan.model})" if plan.architecture else plan.model
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, input {shapes}", title_justify="left")
+    for column in ("stage", "blocks", "shape", "shortcut", "predictor"):
+        table.add_column(column)
+    for column in ("bits", "deviation", "saved MiB", "share"):
+        table.add_column(column, justify="right")
+    for number, stage in enumerate(plan.stages):
+        first, last = stage.blocks[0], stage.blocks[-1]
+        cut = f", {len(stage.steps)} branches" if len(stage.steps) > len(stage.blocks) else ""
+        table.add_row(
+            str(number),
+            f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",
+            "×".join(map(str, stage.shape[1:])),
+            ", ".join(sorted({b.shortcut for b in stage.blocks})),
+            f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor,
+            str(stage.bits),
+            "–" if stage.deviation is None else f"{stage.deviation:.4f}",
+            f"{stage.saved_bytes / 2**20:.1f}",
+            f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",
+        )
+    text = io.StringIO()
+    console = Console(file=text, width=130, highlight=False)
+    console.print(table)
+    for c in plan.checkpointed:
+        console.print(f"  checkpointed: {c.path} ({c.saved_bytes / 2**20:.1f} MiB)")
+    for reason, paths in group_reasons(plan.refusals).items():
+        console.print(f"  left as it is: {paths}: {reason}")
+    console.print(
+        f"  saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
+        f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
+    )
+    if plan.traced != "whole":
+        console.print(f"  traced {plan.traced}")
+    return text.getvalue().rstrip()
+
+
+def group_reasons(refusals: tuple[Refusal, ...]) -> dict[str, str]:
+    """Each reason with the modules that it was given for."""
+    groups: dict[str, list[str]] = {}
+    for refusal in refusals:
+        groups.setdefault(refusal.reason, []).append(refusal.path or "the whole model")
+    return {
+        reason: ", ".join(paths) if len(paths) < 4 else f"{paths[0]}, {paths[1]} and {len(paths) - 2} more"
+        for reason, paths in groups.items()
+    }
