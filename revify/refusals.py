@@ -50,9 +50,11 @@ def _nodes_within(call: Call, graph: Trace) -> list[Any]:
     """The graph's nodes that were made inside of one module."""
     if graph.graph is None:
         return []
-    inside: Callable[[Any], bool] = lambda node: any(
-        path == call.path or path.startswith(call.path + ".") for path in (node.meta.get("nn_module_stack") or {})
-    )
+
+    def inside(node: Any) -> bool:
+        stack = node.meta.get("nn_module_stack") or {}
+        return any(path == call.path or path.startswith(call.path + ".") for path in stack)
+
     return [node for node in graph.graph.nodes if inside(node)]
 
 

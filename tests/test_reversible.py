@@ -20,7 +20,15 @@ from revify.algebra.formulas import Formula
 from revify.couplings import ScaleShift, additive, affine, damped, derive, half, single, swapped
 
 BF16 = torch.bfloat16
-EXACT = [additive, swapped, single, half, damped, partial(damped, gamma=0.125), formulas.leapfrog]
+
+
+def off_the_grid(x1, x2, F, G):
+    """Numbers that are no grid values, products of branches, and a sign."""
+    y1 = -(x1 + 0.3 * F(x2))
+    return y1, 0.7 - x2 - G(y1) / 3
+
+
+EXACT = [additive, swapped, single, half, damped, partial(damped, gamma=0.125), formulas.leapfrog, off_the_grid]
 
 
 class Branch(nn.Module):
