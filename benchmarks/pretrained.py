@@ -95,7 +95,8 @@ def normalised(images: Tensor) -> Tensor:
 
 def _loaders() -> ModuleType:
     spec = importlib.util.spec_from_file_location("load_data", DATA / "load_data.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

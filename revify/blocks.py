@@ -74,7 +74,19 @@ MOVES: set[Any] = {
     operator.getitem,
     *(torch.reshape, torch.permute, torch.transpose, torch.flatten, torch.squeeze, torch.unsqueeze, torch.roll),
     *(torch.cat, torch.chunk, torch.split, torch.unbind, torch.movedim, functional.pad),
-    *("getitem", "select_result", "view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
+    *(
+        "getitem",
+        "select_result",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+    ),
+    "contiguous",
     *("roll", "movedim", "chunk", "split", "unbind", "to", "float", "type_as", "clone"),
 }
 ACTIVATIONS: set[Any] = {
@@ -113,9 +125,7 @@ def _views(call: Call) -> list[tuple[int | None, Call]]:
     return [(r.position, replace(call, output=r.key, shape=r.shape, dtype=r.dtype)) for r in call.results]
 
 
-def _blocks_of(
-    view: tuple[int | None, Call], whole: Call, trace: Trace
-) -> Iterator[ResidualBlock]:
+def _blocks_of(view: tuple[int | None, Call], whole: Call, trace: Trace) -> Iterator[ResidualBlock]:
     result, call = view
     for stream in call.inputs:
         alike = (stream.shape, stream.dtype) == (call.shape, call.dtype)
@@ -127,9 +137,7 @@ def _blocks_of(
             return
 
 
-def _shortcut_of(
-    call: Call, stream: TensorInput, result: int | None, trace: Trace
-) -> Shortcut | None:
+def _shortcut_of(call: Call, stream: TensorInput, result: int | None, trace: Trace) -> Shortcut | None:
     calls = trace.calls.get(call.path, [])
     if len(calls) != 1:
         return None

@@ -6,7 +6,8 @@ block by block, q is fitted by ridge least squares to
     (T(z[k]) + γ z[k-1] − x*[k+1]) / γ,        x* the original network's own trajectory,
 
 so that each step also repairs the drift of the steps before it. A position counts by how much the model's output depends on
-it, √|∂y/∂x*[k+1]|² on average over some images: a ViT's class token counts for more than one of its patches. Along the depth only three stream values an image are kept.
+it, √|∂y/∂x*[k+1]|² on average over some images: a ViT's class token counts for more than one of its patches.
+Along the depth only three stream values an image are kept.
 """
 
 from __future__ import annotations
@@ -201,7 +202,8 @@ def _fit_stage(
             tensors = _forecast(sums, stage, channels, walks[0].z.device)
             forecasts[planned.path] = tensors
         for walk in walks:
-            assert walk.t is not None and walk.aim is not None  # set above
+            assert walk.t is not None  # set above
+            assert walk.aim is not None
             following = walk.t
             if index > 0:
                 holder = nn.Module()

@@ -98,8 +98,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help='residue bits per element and block, 0 to 8: memory for fidelity; "auto" with --calibrate',
     )
-    group.add_argument("--predictor", metavar="NAME", help="of the previous stream value: identity or midpoint; "
-        "with --calibrate diagonal, lowrank, linear_z, linear or auto")
+    group.add_argument(
+        "--predictor",
+        metavar="NAME",
+        help="of the previous stream value: identity or midpoint; "
+        "with --calibrate diagonal, lowrank, linear_z, linear or auto",
+    )
     group.add_argument("--grid", type=int, metavar="Q", help="resolution of the stream's values, 2^-Q")
     group.add_argument("--transitions", metavar="MODE", help="what lies between the stages: keep, or checkpoint it too")
 
@@ -116,9 +120,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help='fit the predictors to images of this folder, or of "digits", so that the model computes nearly the same',
     )
-    parser.add_argument(
-        "--images", type=_positive, default=64, metavar="N", help="to calibrate on (default: 64)"
-    )
+    parser.add_argument("--images", type=_positive, default=64, metavar="N", help="to calibrate on (default: 64)")
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:

@@ -177,7 +177,9 @@ class Plan:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise RevifyError(f"this text is no revify plan ({error}): expected what Plan.to_json() writes.") from error
         if version != FORMAT:
-            raise RevifyError(f"this plan has format {version}; this revify reads format {FORMAT}: install a newer revify.")
+            raise RevifyError(
+                f"this plan has format {version}; this revify reads format {FORMAT}: install a newer revify."
+            )
         try:
             return cls(**_restored(fields))
         except (KeyError, TypeError) as error:
@@ -218,7 +220,9 @@ def make_plan(
         example=tuple(tuple(x.shape) for x in tensors_of(example)),
         grid=grid,
         transitions=transitions,
-        stages=tuple(_stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages),
+        stages=tuple(
+            _stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages
+        ),
         checkpointed=_transitions(observation, stages) if stages and transitions == "checkpoint" else (),
         refusals=find_refusals(observation, graph, blocks, stages, modules),
         saved_bytes=observation.saved_bytes,
@@ -230,7 +234,9 @@ def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> St
     call = stage.blocks[0].call
     return StagePlan(
         blocks=tuple(
-            BlockPlan(b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes, result=b.result)
+            BlockPlan(
+                b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes, result=b.result
+            )
             for b in stage.blocks
         ),
         shape=call.shape,

@@ -232,7 +232,8 @@ class Tape:
         self._position = index
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        assert self._older is not None and self._newer is not None  # invariant: a placeholder exists, so a step ran
+        assert self._older is not None  # invariant: a placeholder exists, so a step ran
+        assert self._newer is not None
         older_name = self.rule.names[max(self._position - 1, 0)]
         return self._older.checked(older_name), self._newer.checked(self.rule.names[self._position])
 
@@ -392,7 +393,9 @@ class Step:
             outputs = outputs[self.result]
         if not isinstance(outputs, Tensor) or outputs.shape != z.shape:
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise StreamError(f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}.")
+            raise StreamError(
+                f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}."
+            )
         if version(z) != before:
             raise StreamError(
                 f"{self.name} changes its input in place, so the stream cannot go through it. Make the first operation "

@@ -119,8 +119,7 @@ def _next(
     candidates = [
         other
         for other in starting.get((block.call.output, _depth(block)), [])
-        if (other.call.shape, other.call.dtype) == (block.call.shape, block.call.dtype)
-        and _linked(block, other, trace)
+        if (other.call.shape, other.call.dtype) == (block.call.shape, block.call.dtype) and _linked(block, other, trace)
     ]
     same_class = [other for other in candidates if other.call.kind == block.call.kind]
     return next(iter(same_class or candidates), None)

@@ -70,9 +70,7 @@ def test_inverse_instructions_undo_or_repeat_those_of_the_formula_under_the_same
 
 def test_a_branch_whose_result_does_not_fit_is_an_error() -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(
-        RevifyError, match=r"Branch F gave a Tensor where the coupling takes s, t: pass one that"
-    ):
+    with pytest.raises(RevifyError, match=r"Branch F gave a Tensor where the coupling takes s, t: pass one that"):
         derive(affine).forward(x, x, torch.tanh, torch.tanh)
     with pytest.raises(RevifyError, match=r"Branch F gave a tuple of 2 where the coupling takes v1: pass"):
         derive(additive).forward(x, x, lambda x: (x, x), torch.tanh)
@@ -100,9 +98,7 @@ def test_an_interval_holds_what_the_operation_gives_for_the_numbers_in_it() -> N
                 assert bounds.low - 1e-9 <= value <= bounds.high + 1e-9, (op, operands, inside)
             if op is not Op.DIVIDE:  # whose ends may lie beyond those of the operands
                 ends = itertools.product(*((end.low, end.high) for end in operands))
-                corners = [
-                    float(op.compute(*(torch.tensor(e, dtype=torch.float64) for e in at))) for at in ends
-                ]
+                corners = [float(op.compute(*(torch.tensor(e, dtype=torch.float64) for e in at))) for at in ends]
                 assert (bounds.low, bounds.high) == pytest.approx((min(corners), max(corners)))
 
 

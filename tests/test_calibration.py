@@ -198,5 +198,5 @@ def test_refusals(model: nn.Module, images: Tensor) -> None:
         revify.calibrate(converted, [])
     with pytest.raises(revify.RevifyError, match="tolerance=0: give a relative error above 0"):
         revify.calibrate(converted, images, tolerance=0)
-    with pytest.raises(revify.RevifyError, match="this is fitted on images. Pass some"):
+    with pytest.raises(revify.RevifyError, match=r"this is fitted on images\. Pass some"):
         revify.convert(model, images, bits="auto")

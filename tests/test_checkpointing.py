@@ -78,9 +78,7 @@ def test_double_backward() -> None:
         torch.manual_seed(0)
         with revify.plain_backward() if plain else torch.enable_grad():
             (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        found.append(
-            torch.autograd.grad(slope.square().sum(), list(model.transition.parameters()), allow_unused=True)
-        )
+        found.append(torch.autograd.grad(slope.square().sum(), list(model.transition.parameters()), allow_unused=True))
     assert any(g is not None and g.any() for g in found[0])
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -113,9 +111,7 @@ def test_other_tensors_in_the_second_run() -> None:
     model = net()
     model.transition[3] = Growing()
     output = model(*inputs_of(model))
-    with pytest.raises(
-        revify.ReplayError, match=r"transition saved \d+ tensors for backward in its first run and \d+"
-    ):
+    with pytest.raises(revify.ReplayError, match=r"transition saved \d+ tensors for backward in its first run and \d+"):
         output.sum().backward()
 
 

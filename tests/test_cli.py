@@ -241,7 +241,18 @@ def test_the_module_runs() -> None:
 
 def test_convert_calibrates_on_images_and_says_how_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.safetensors"
-    words = ["convert", "test_vit", "--img-size", "32", "--out", str(file), "--num-classes", "10", "--calibrate", "digits"]
+    words = [
+        "convert",
+        "test_vit",
+        "--img-size",
+        "32",
+        "--out",
+        str(file),
+        "--num-classes",
+        "10",
+        "--calibrate",
+        "digits",
+    ]
     assert main([*words, "--images", "8", "--bits", "1", "--predictor", "diagonal"]) == 0
     out = capsys.readouterr().out
     assert "diagonal" in out

@@ -191,9 +191,7 @@ def test_forward_intermediates(converted_vit: nn.Module, stop_early: bool) -> No
     for plain in (True, False):
         model.zero_grad()
         with revify.plain_backward() if plain else torch.enable_grad():
-            values = model.forward_intermediates(
-                IMAGE, indices=[1, 3], stop_early=stop_early, intermediates_only=True
-            )
+            values = model.forward_intermediates(IMAGE, indices=[1, 3], stop_early=stop_early, intermediates_only=True)
             sum(v.square().sum() for v in values).backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert len(values) == 2

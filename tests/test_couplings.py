@@ -90,9 +90,7 @@ def test_streams_that_never_cross_are_reported_as_useless() -> None:
 
 
 def test_constants_keep_their_letters_in_the_determinant() -> None:
-    assert (
-        derive(lambda x1, x2, F, beta=3: (x1 / beta + F(x2), x2 * beta)).determinant.text == "(1 / β)^n · β^n"
-    )
+    assert derive(lambda x1, x2, F, beta=3: (x1 / beta + F(x2), x2 * beta)).determinant.text == "(1 / β)^n · β^n"
     assert derive(partial(damped, gamma=-0.5)).determinant.text == "γ^2n"
     assert derive(lambda x1, x2, F, step=2: (x1 * (1 - step) + F(x2), x2 / step)).determinant.text == (
         "(−1)^n · (1 / step)^n"
@@ -137,9 +135,7 @@ def test_affine_begins_as_additive_and_learns_its_scale(shape: tuple[int, ...], 
     assert all(map(torch.equal, outputs, additive(x1, x2, F, G)))
     sum(y.sum() for y in outputs).backward()
     others = [place for place in range(len(shape)) if place != axis % len(shape)]
-    assert torch.allclose(
-        scaled_G.weight.grad, (x2 * G(outputs[0])).sum(others).detach(), rtol=1e-4, atol=1e-4
-    )
+    assert torch.allclose(scaled_G.weight.grad, (x2 * G(outputs[0])).sum(others).detach(), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         scaled_F.weight.fill_(0.7)
     assert not torch.equal(affine(x1, x2, scaled_F, scaled_G)[0], outputs[0])
@@ -243,7 +239,5 @@ def test_what_is_no_formula_is_refused_with_its_line(reason: str) -> None:
     formula, line = NOT_A_FORMULA[reason]
     with pytest.raises(RefusalError) as refusal:
         derive(formula)
-    where = (
-        f"Coupling {formula.__name__} (test_couplings.py, line {formula.__code__.co_firstlineno + line}): "
-    )
+    where = f"Coupling {formula.__name__} (test_couplings.py, line {formula.__code__.co_firstlineno + line}): "
     assert str(refusal.value).startswith(where + reason)

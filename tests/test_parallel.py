@@ -122,9 +122,7 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
     script = TWO_PROCESSES.format(path=[str(here), str(here.parent)])
     command = [sys.executable, "-c", script]
     ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     for process in ranks:

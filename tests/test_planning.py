@@ -22,9 +22,7 @@ def plan_of(kind: type[zoo.Net], **options: object) -> Plan:
 
 
 @pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
-@pytest.mark.parametrize(
-    "options", [{}, {"bits": 2, "predictor": "midpoint", "grid": 9, "transitions": "checkpoint"}]
-)
+@pytest.mark.parametrize("options", [{}, {"bits": 2, "predictor": "midpoint", "grid": 9, "transitions": "checkpoint"}])
 def test_json_gives_the_same_plan_back(kind: type[zoo.Net], options: dict[str, object]) -> None:
     plan = plan_of(kind, **options)
     again = Plan.from_json(plan.to_json())

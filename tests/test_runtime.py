@@ -218,9 +218,7 @@ def test_gradient_of_one_block_only(block: int) -> None:
     assert torch.equal(found, expected[f"grad blocks.{block}.up.weight"])
 
 
-@pytest.mark.parametrize(
-    "kind", [zoo.PreNormBlocks, zoo.DropoutAndDropPath, zoo.SideInputsWithGradient, zoo.TwoStages]
-)
+@pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.DropoutAndDropPath, zoo.SideInputsWithGradient, zoo.TwoStages])
 @pytest.mark.parametrize(("bits", "predictor"), [(0, "midpoint"), (2, "identity")])
 def test_double_backward(kind: type[zoo.Net], bits: int, predictor: str) -> None:
     model = converted(kind, bits=bits, predictor=predictor)

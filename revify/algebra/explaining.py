@@ -17,9 +17,7 @@ class Stuck:
     remedy: str
 
 
-def explain(
-    forward: Program, solved: Iterable[str], known: Set[str], bounds: Mapping[str, Interval]
-) -> Stuck:
+def explain(forward: Program, solved: Iterable[str], known: Set[str], bounds: Mapping[str, Interval]) -> Stuck:
     """Why no further value can be solved for.
 
     Args:
@@ -66,9 +64,7 @@ def _hidden(stream: str, forward: Program) -> Stuck:
     return Stuck(f"{stream} goes into no output, so it is lost", f"Hand it on, for example as y2 = {stream}.")
 
 
-def _blocked(
-    step: Apply, unknown: str, equation: str, text: Rendering, bounds: Mapping[str, Interval]
-) -> Stuck:
+def _blocked(step: Apply, unknown: str, equation: str, text: Rendering, bounds: Mapping[str, Interval]) -> Stuck:
     """The step has a single unknown, but no operation gives that back."""
     solve = f"{equation} cannot be solved for {text.mentions[unknown]}, since"
     if step.op is Op.MULTIPLY or (step.op is Op.DIVIDE and step.operands[0] == unknown):
