@@ -27,7 +27,7 @@ from typing import Any
 
 import timm
 import torch
-from coverage_page import write_page
+from coverage_page import BOUNDS, write_page
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def main() -> int:
     names = timm.list_models()
     _sweep("survey", survey, names, _survey)
     chosen = representatives(list(survey.rows.values()))
-    wanted = [n for n in (names if arguments.all else chosen) if fnmatch.fnmatch(n, arguments.only)]
+    wanted = [n for n in (names if arguments.all else sorted({*chosen, *BOUNDS})) if fnmatch.fnmatch(n, arguments.only)]
     if "plans" in arguments.parts:
         _sweep("plans", plans, wanted, lambda name: {**_about(survey.rows[name]), **_planned(name)})
     runnable = [n for n in chosen if n in wanted and plans.rows.get(n, {}).get("status") == "converted"]

@@ -2,8 +2,8 @@
 
 Every parameter, the input, the output and every buffer (BatchNorm statistics) are compared with torch.equal,
 in train mode with dropout and drop-path on. Parameters are stirred first, because a freshly made network has
-branches that are zero. "zero" counts gradients that are zero all the same: drop-path has dropped that branch for every image of
-the batch. Exit status 1 if anything differs.
+branches that are zero. "zero" counts gradients that are zero all the same: drop-path has dropped that branch
+for every image of the batch. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--bits", nargs="*", type=int, default=[0, 1, 2, 4])
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     results = Results(
         "exactness" if len(options.models) == len(MODELS) else "exactness-part",
         {

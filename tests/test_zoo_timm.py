@@ -44,7 +44,7 @@ def test_gradients_and_the_way_back(name: str) -> None:
     [
         ("vgg11", "no module adds its input to its output"),
         ("densenet121", "its output is concatenated with its input"),
-        ("repvgg_a0", "changes the shape (3×224×224 to 48×112×112): a transition"),
+        ("repvgg_a0", "changes the shape (48×112×112 to 48×56×56): a transition"),
     ],
 )
 def test_refusals_say_what_was_found(name: str, reason: str) -> None:
