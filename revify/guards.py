@@ -16,6 +16,7 @@ from revify.errors import GridRangeError, ReplayError
 from revify.reruns import LIKELY_CAUSES
 from revify.stream import Grid
 
+FEWEST_POINTS = 16  # that the largest value of a stream must be away from zero
 MAX_DRIFT = 1e-3  # of a reconstructed stream, relative; gradients are then off by about as much
 
 
@@ -29,13 +30,20 @@ class Peaks:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self._peaks: list[tuple[str, Tensor]] = []
+        self._entries: list[tuple[str, Tensor]] = []
+
+    def enter(self, name: str, x: Tensor) -> None:
+        """Note what comes to the block of this name, before it is rounded to the grid."""
+        if x.numel():
+            self._entries.append((name, torch.stack(torch.aminmax(x.detach())).abs().amax()))
 
     def observe(self, name: str, *values: Tensor) -> None:
         """Note the extremes of values that the step of this name gave."""
         self._peaks += [(name, torch.stack(torch.aminmax(v.detach()))) for v in values if v.numel()]
 
     def check(self) -> None:
-        """Refuse values outside of the range where the grid is exact."""
+        """Refuse values outside of the range where the grid is exact, and streams that it would round away."""
+        self._check_entries()
         if not self._peaks:
             return
         peaks = torch.stack([extremes for _, extremes in self._peaks]).abs().amax(dim=1)
@@ -57,6 +65,16 @@ class Peaks:
             f"the grid with resolution 2^-{self.grid.resolution}, so its input could not be reconstructed. Convert "
             f"with a coarser grid, for example grid={self._fitting_resolution(peak, limit)}."
         )
+
+    def _check_entries(self) -> None:
+        entries, self._entries = self._entries, []
+        for name, peak in ((name, float(peak)) for name, peak in entries):
+            if 0 < peak * self.grid.scale < FEWEST_POINTS:
+                raise GridRangeError(
+                    f"{name}: the largest value that enters the stream is {peak:.3g}, less than {FEWEST_POINTS} points of the "
+                    f"grid with resolution 2^-{self.grid.resolution}, which would round the stream away. Convert with a "
+                    "finer grid (up to grid=20), or train the plain model until its values have grown."
+                )
 
     def _fitting_resolution(self, peak: float, limit: float) -> int:
         resolution = self.grid.resolution

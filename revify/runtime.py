@@ -169,6 +169,10 @@ class Tape:
         self._older, self._newer = self._newer, Value(value.detach(), version(value))
         self._position = index
 
+    def enter(self, x: Tensor) -> None:
+        """Note what enters the stage."""
+        self._peaks.enter(self.rule.names[0], x)
+
     def observe(self, index: int, *values: Tensor) -> None:
         """Note how far step `index` went out on the grid."""
         self._peaks.observe(self.rule.names[index], *values)
@@ -318,7 +322,9 @@ class Step:
                 "convert again after reordering the plain model."
             )
         if self.index == 0:
-            return Tape(self.rule), OnGrid.apply(x, self.rule.grid), None
+            tape = Tape(self.rule)
+            tape.enter(x)
+            return tape, OnGrid.apply(x, self.rule.grid), None
         previous = self.rule.names[self.index - 1]
         if link is None:
             raise StreamError(

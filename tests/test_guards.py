@@ -381,3 +381,20 @@ def test_parameters_swapped_for_the_forward_only() -> None:
     output = torch.func.functional_call(model, doubled, (x,))
     with pytest.raises(ReplayError, match=r"blocks.3 returned other values"):
         output.sum().backward()
+
+
+def test_a_stream_that_the_grid_would_round_away_is_refused() -> None:
+    torch.manual_seed(0)
+    model = zoo.PreNormBlocks()
+    x = inputs_of(model)[0]
+    fine = revify.convert(model, x)
+    fine(x)
+    small = x * 1e-6
+    entry = fine.revify_plan.stages[0].blocks[0].path
+    block = fine.get_submodule(entry)
+    with pytest.raises(
+        revify.GridRangeError, match=rf"{entry}: the largest value that enters the stream is .* finer grid"
+    ):
+        value = block(small)
+        for planned in fine.revify_plan.stages[0].blocks[1:]:
+            value = fine.get_submodule(planned.path)(value)
