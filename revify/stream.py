@@ -218,7 +218,7 @@ def _pack_field(field: Tensor, width: int) -> Tensor:
     missing = -field.numel() % per_byte
     if missing:
         field = torch.nn.functional.pad(field, (0, missing))
-    rows = field.view(per_byte, field.numel() // per_byte)
+    rows = field.view(per_byte, -1)
     packed = rows[0].clone()
     for row in range(1, per_byte):
         packed |= rows[row] << (row * width)

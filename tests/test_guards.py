@@ -389,12 +389,7 @@ def test_a_stream_that_the_grid_would_round_away_is_refused() -> None:
     x = inputs_of(model)[0]
     fine = revify.convert(model, x)
     fine(x)
-    small = x * 1e-6
-    entry = fine.revify_plan.stages[0].blocks[0].path
-    block = fine.get_submodule(entry)
-    with pytest.raises(
-        revify.GridRangeError, match=rf"{entry}: the largest value that enters the stream is .* finer grid"
-    ):
-        value = block(small)
-        for planned in fine.revify_plan.stages[0].blocks[1:]:
-            value = fine.get_submodule(planned.path)(value)
+    paths = [planned.path for planned in fine.revify_plan.stages[0].blocks]
+    blocks = nn.Sequential(*(fine.get_submodule(path) for path in paths))
+    with pytest.raises(GridRangeError, match=rf"{paths[0]}: the largest value that enters the stream is .* finer grid"):
+        blocks(x * 1e-6)

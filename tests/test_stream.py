@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +204,22 @@ def test_gradient_through_a_shorter_copy_loses_nothing(dtype: torch.dtype) -> No
     assert torch.equal(value.grad, upstream)
     assert shown.grad.isfinite().all()
     torch.testing.assert_close(shown.grad[1:], upstream[1:].to(dtype), rtol=0, atol=0)
+
+
+def test_step_whose_value_has_no_gradient_gives_none() -> None:
+    """What comes after a step may return no gradient at all for it (an autograd function of the user's)."""
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    t, z = on_grid((4,), 0).requires_grad_(), on_grid((4,), 1).requires_grad_()
+    value, _ = Join.apply(t, Gap.apply(z, z * 2, 1), None, 1, GRID)
+    (Cut.apply(value) + z).sum().backward()
+    assert t.grad is None or not t.grad.any()
+    assert torch.equal(z.grad, torch.ones(4))
