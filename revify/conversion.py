@@ -220,8 +220,10 @@ def _check_model(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise RefusalError(f"expected a torch.nn.Module, got {name}. Pass the model itself.")
-    if isinstance(getattr(model, "revify_plan", None), Plan):
-        raise RefusalError(f"{name} is already converted. Use it as it is, or revify.revert(model) first.")
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "revify_plan", None), Plan):
+            what = f"holds a module that is already converted ({path})" if path else "is already converted"
+            raise RefusalError(f"{name} {what}. Use it as it is, or revify.revert it first.")
     wrapper = _wrapper(model)
     if wrapper:
         raise RefusalError(

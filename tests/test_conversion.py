@@ -320,6 +320,10 @@ def test_options_out_of_range(function: Callable[..., object], options: dict[str
             lambda: converted(zoo.PreNormBlocks),
             "PreNormBlocks is already converted. Use it as it is, or revify.revert",
         ),
+        (
+            lambda: nn.Sequential(nn.Identity(), converted(zoo.PreNormBlocks)),
+            "Sequential holds a module that is already converted (1). Use it as it is",
+        ),
         (lambda: nn.DataParallel(zoo.PreNormBlocks()), "wrapped for parallel training"),
         (lambda: torch.jit.trace(zoo.PreNormBlocks(), torch.zeros(zoo.TOKENS)), "a TorchScript module"),
         (lambda: checkpointing(), "gradient checkpointing is switched on (in the model)"),
