@@ -103,7 +103,7 @@ def test_the_model_stays_as_it_was(kind: type[zoo.Net]) -> None:
 
 
 def test_copy_without_data_shares_what_the_model_shares() -> None:
-    model = zoo.SharedModuleInBlock()
+    model = zoo.SharedModuleInBlock().eval()
     bare = meta_copy(model)
     assert all(p.is_meta for p in bare.parameters())
     assert bare.blocks[0].norm.weight is bare.blocks[3].norm.weight
