@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from revify import presets
+from revify import couplings, presets
 from revify.calibration import calibrate
 from revify.checkpoints import load, save
 from revify.conversion import convert, plan, revert
@@ -33,6 +33,7 @@ __all__ = [
     "StreamError",
     "calibrate",
     "convert",
+    "couplings",
     "load",
     "measure",
     "plain_backward",

@@ -160,7 +160,7 @@ def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | N
         if (node, added) in seen or node not in dependent:
             continue
         seen.add((node, added))
-        role = _role(node, modules)
+        role = role_of(node, modules)
         operands = [n for n in node.all_input_nodes if n in dependent]
         if role == "add":
             paths += [(n, True, found) for n in operands]
@@ -189,7 +189,8 @@ def dependent_on(x: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _role(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """What a node does to values: add, move, scale, a norm or an activation (of the shortcut), or other."""
     if node.op == "call_module":
         return _module_role(modules[str(node.target)])
     if node.target in ADDITIONS:

@@ -102,6 +102,11 @@ def calibrate(
     plan = getattr(model, "revify_plan", None)
     if not isinstance(plan, Plan):
         raise RefusalError(f"{type(model).__name__} is not a converted model: convert it, then calibrate it.")
+    if plan.is_split:
+        raise RefusalError(
+            f'{type(model).__name__} was converted with streams="split", which has no predictors. Convert the plain model '
+            'with streams="full", then calibrate it.'
+        )
     if plan.is_cut:
         raise RefusalError(
             f'{type(model).__name__} was converted with unit="branch", and predictors are fitted to whole blocks: convert '

@@ -97,9 +97,8 @@ def _convert(options: argparse.Namespace) -> None:
     print(model.revify_plan)
     if found:
         print(f"\n{found}")
-    print(
-        f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); revify.load reads it, and so does timm"
-    )
+    readers = "revify.load reads it" if given.get("streams") == "split" else "revify.load reads it, and so does timm"
+    print(f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); {readers}")
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -154,7 +153,12 @@ def _create(options: argparse.Namespace) -> Created:
 
 def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `revify.convert` that were given."""
-    given = {name: getattr(options, name) for name in ("predictor", "bits", "grid", "transitions")}
+    from revify.parts import find_coupling
+
+    names = ("predictor", "bits", "grid", "transitions", "unit", "streams", "coupling")
+    given = {name: getattr(options, name, None) for name in names}
+    if given["coupling"] is not None:
+        given["coupling"] = find_coupling(given["coupling"])
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -12,12 +12,15 @@ from typing import Any, Literal, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from revify.algebra.formulas import Formula
 from revify.branches import cut_blocks
 from revify.calibration import calibrate
+from revify.couplings import additive
 from revify.errors import RefusalError, RevifyError
 from revify.planning import Plan, make_plan
 from revify.predictors import CALIBRATED, FIXED
 from revify.rewriting import apply_plan, remove_plan
+from revify.splitting import split_stages
 from revify.stream import MAX_BITS
 from revify.tables import group_reasons
 
@@ -28,6 +31,7 @@ Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 PredictorName = Literal["identity", "midpoint", "zero", "output"]
 Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
+Streams = Literal["full", "split"]
 
 
 def plan(
@@ -40,6 +44,8 @@ def plan(
     transitions: Transitions = "keep",
     random_sign: bool = False,
     unit: Unit = "block",
+    streams: Streams = "full",
+    coupling: Formula = additive,
 ) -> Plan:
     """Say what `convert` would do to a model, without doing it.
 
@@ -63,6 +69,11 @@ def plan(
             activations live at a time; with predictor="identity" and bits=0 this is Rev-ViT. "block": whole blocks.
         random_sign: γ = ±2^-bits at random for each sample and step in training, so that the change of the function is
             zero on average, and the plain blocks in eval mode (BDIA, Zhang et al. 2025, with midpoint and one bit).
+        streams: "split" makes the two halves of the channels the streams, and the blocks' branches F and G, cut to half
+            their input and output channels, or lifted where they cannot be cut (the plan says which). This is another
+            function with weights of its own, to be trained from scratch or distilled: RevNet. It has no predictor,
+            bits or unit, and no `revert`.
+        coupling: for streams="split", one of `revify.couplings` or your own formula.
 
     Returns:
         The plan: stages, what is checkpointed, refusals, saved bytes. It prints as a table.
@@ -74,10 +85,15 @@ def plan(
     _check_options(predictor, bits, grid, transitions)
     if unit not in ("block", "branch"):
         raise RevifyError(f'unit={unit!r} is not known: choose "block" or "branch".')
+    _check_streams(
+        streams, coupling, plain=(predictor, bits, unit, random_sign) == ("identity", DEFAULT_BITS, "block", False)
+    )
     _check_model(model)
     made = make_plan(
         model, _example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
     )
+    if streams == "split":
+        return split_stages(made, model, _example_inputs(model, example), coupling)
     made = replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
     return cut_blocks(made, model, _example_inputs(model, example)) if unit == "branch" else made
 
@@ -94,6 +110,8 @@ def convert(
     transitions: Transitions = "keep",
     random_sign: bool = False,
     unit: Unit = "block",
+    streams: Streams = "full",
+    coupling: Formula = additive,
 ) -> nn.Module:
     """Make the residual stages of a model reversible, with a backward that stores no activations.
 
@@ -117,6 +135,8 @@ def convert(
         transitions: as for `plan`.
         random_sign: as for `plan`; not with calibration.
         unit: as for `plan`; "branch" not with calibration.
+        streams: as for `plan`; "split" not with calibration. Layers that are cut have parameters of their own.
+        coupling: as for `plan`.
 
     Returns:
         The converted model. Its plan is its attribute `revify_plan`.
@@ -137,9 +157,23 @@ def convert(
         raise RevifyError(
             'unit="branch" is for fixed predictors: predictors are fitted to whole blocks. Leave one out.'
         )
+    if calibration is not None and (streams == "split" or (plan is not None and plan.is_split)):
+        raise RevifyError(
+            'streams="split" has no predictor to calibrate: it is trained from scratch or distilled. Leave one out.'
+        )
     fixed = _fixed_options(calibration is not None, predictor, bits)
     if plan is None:
-        plan = _plan(model, example, **fixed, grid=grid, transitions=transitions, random_sign=random_sign, unit=unit)
+        plan = _plan(
+            model,
+            example,
+            **fixed,
+            grid=grid,
+            transitions=transitions,
+            random_sign=random_sign,
+            unit=unit,
+            streams=streams,
+            coupling=coupling,
+        )
     if not plan.stages:
         reasons = "; ".join(f"{paths}: {reason}" for reason, paths in list(group_reasons(plan.refusals).items())[:4])
         raise RefusalError(
@@ -190,10 +224,16 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         RefusalError: the model is not a converted one.
     """
-    if not isinstance(getattr(model, "revify_plan", None), Plan):
+    plan = getattr(model, "revify_plan", None)
+    if not isinstance(plan, Plan):
         raise RefusalError(
             f"{type(model).__name__} is not a converted model, so there is nothing to revert. Pass the module that "
             "revify.convert returned; unwrap it first if it is inside of DDP or a compiled model (model.module, _orig_mod)."
+        )
+    if plan.is_split:
+        raise RefusalError(
+            f'{type(model).__name__} was converted with streams="split", which is another function with layers of half the '
+            "width, so there is no plain model with its weights. The model that was given to convert is as it was."
         )
     return remove_plan(model)
 
@@ -213,6 +253,17 @@ def _check_options(predictor: str, bits: int, grid: int, transitions: str) -> No
         )
     if transitions not in ("keep", "checkpoint"):
         raise RevifyError(f'transitions={transitions!r} is not known: choose "keep" or "checkpoint".')
+
+
+def _check_streams(streams: str, coupling: Formula, *, plain: bool) -> None:
+    if streams not in ("full", "split"):
+        raise RevifyError(f'streams={streams!r} is not known: choose "full" or "split".')
+    if streams == "full" and coupling is not additive:
+        raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
+    if streams == "split" and not plain:
+        raise RevifyError(
+            'predictor, bits, unit and random_sign are for full streams: with streams="split" choose a coupling instead.'
+        )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -62,6 +62,7 @@ def measure(
 
     Args:
         model: a plain model, or a converted one, which is reverted for the other two rows.
+            One with streams="split" has no plain model: give that model and the plan, not what was converted.
         batch: the input, or a tuple of the inputs in order; on the model's device (CPU or CUDA).
         plan: how to convert a plain model; None is `revify.plan(model, batch)`.
         loss: model output → scalar; None is the mean square of the output.
@@ -184,7 +185,7 @@ def _forms(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None) -> t
         for form in forms:
             form.train()
     blocks = sum(len(stage.blocks) for stage in used.stages)
-    couplings = sorted({f"{stage.predictor}, {stage.bits} bits" for stage in used.stages})
+    couplings = sorted({stage.coupling or f"{stage.predictor}, {stage.bits} bits" for stage in used.stages})
     made = f"{blocks} blocks, {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
     return forms, ["ordinary autograd", method, made]
 

@@ -106,14 +106,32 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--grid", type=int, metavar="Q", help="resolution of the stream's values, 2^-Q")
     group.add_argument("--transitions", metavar="MODE", help="what lies between the stages: keep, or checkpoint it too")
+    group.add_argument(
+        "--unit", metavar="UNIT", help="what a step is: block, or branch (attention and MLP each on their own)"
+    )
+
+
+def _add_streams(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--streams",
+        metavar="S",
+        help="full, or split: the halves of the channels are the streams (RevNet); trained anew",
+    )
+    parser.add_argument(
+        "--coupling",
+        metavar="NAME",
+        help="for --streams split: additive, swapped, single, affine, damped or module:function",
+    )
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_streams(parser)
     parser.add_argument("--batch-size", type=_positive, default=2, metavar="N", help="of the example (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to a file, too")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
+    _add_streams(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument(
         "--calibrate",
@@ -124,6 +142,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
+    _add_streams(parser)
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images per step (default: 8)")
     parser.add_argument(
         "--repeats", type=_positive, default=5, metavar="N", help="timed runs of each form (default: 5)"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from revify.blocks import Refusal, find_blocks
+from revify.cutting import Cut, Side
 from revify.errors import RevifyError
 from revify.observing import Observation, observe
 from revify.recording import follow
@@ -19,6 +20,24 @@ from revify.tables import draw_plan
 from revify.tracing import Example, tensors_of
 
 FORMAT = 1
+
+CUT, LIFTED, WHOLE = "cut", "lifted", "lifted whole"
+
+
+@dataclass(frozen=True, slots=True)
+class BranchPlan:
+    """One residual branch of a block whose stage is split into two streams.
+
+    Args:
+        how: "cut" to half its input and output channels; "lifted", at full width with zeros for the other half;
+            "lifted whole", the same where the branches of the block cannot be told apart: T(x) − x.
+        cuts: which layers are cut.
+        saved_bytes: what autograd saves within it.
+    """
+
+    how: str
+    cuts: tuple[Cut, ...]
+    saved_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +53,7 @@ class BlockPlan:
         branches: what autograd saves in each of the parts into which it is cut; empty where it is one step.
         inputs: where it is cut, which of its arguments are tensors.
         result: which of several results is the stream, None where the block returns one tensor.
+        halves: where the stage is split into two streams, its branches.
     """
 
     path: str
@@ -44,10 +64,13 @@ class BlockPlan:
     branches: tuple[int, ...] = ()
     inputs: tuple[int | str, ...] = ()
     result: int | None = None
+    halves: tuple[BranchPlan, ...] = ()
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The names of its steps."""
+        if len(self.halves) > 1:
+            return tuple(f"{self.path}, branch {number}" for number in range(len(self.halves)))
         if not self.branches:
             return (self.path,)
         return tuple(f"{self.path}, branch {number}" for number in range(len(self.branches)))
@@ -69,6 +92,7 @@ class StagePlan:
         rank: of a low-rank predictor, else 0.
         deviation: relative error of the model's output on the calibration data with the stages up to this one
             converted, None where it was not measured.
+        coupling: where the stage is split into two streams, the name of their coupling, else "".
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -81,6 +105,7 @@ class StagePlan:
     axis: int | None = None
     rank: int = 0
     deviation: float | None = None
+    coupling: str = ""
 
     @property
     def saved_bytes(self) -> int:
@@ -90,12 +115,16 @@ class StagePlan:
     @property
     def held_bytes(self) -> int:
         """What the reversible stage holds: two stream values and the packed residues."""
+        if self.coupling:
+            return self.stream_bytes
         residue = self.stream_bytes // (8 if self.dtype == "float64" else 4) * self.bits // 8
         return 2 * self.stream_bytes + (len(self.steps) - 1) * residue
 
     @property
     def largest_block_bytes(self) -> int:
         """What one step saves at most while it runs again."""
+        if self.coupling:
+            return max(branch.saved_bytes for block in self.blocks for branch in block.halves)
         return max(max(block.branches, default=block.saved_bytes) for block in self.blocks)
 
     @property
@@ -150,6 +179,11 @@ class Plan:
     def is_cut(self) -> bool:
         """Whether any block is cut into branches."""
         return any(block.branches for stage in self.stages for block in stage.blocks)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether its stages are split into two streams."""
+        return any(stage.coupling for stage in self.stages)
 
     @property
     def predicted_bytes(self) -> int:
@@ -282,7 +316,7 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
                 **{
                     **stage,
                     "shape": tuple(stage["shape"]),
-                    "blocks": tuple(BlockPlan(**_tuples(block)) for block in stage["blocks"]),
+                    "blocks": tuple(_restored_block(block) for block in stage["blocks"]),
                 }
             )
             for stage in fields["stages"]
@@ -290,6 +324,18 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
         "checkpointed": tuple(CheckpointPlan(**c) for c in fields["checkpointed"]),
         "refusals": tuple(Refusal(**r) for r in fields["refusals"]),
     }
+
+
+def _restored_block(fields: dict[str, Any]) -> BlockPlan:
+    halves = tuple(
+        BranchPlan(
+            branch["how"],
+            tuple(Cut(cut["path"], Side(cut["side"]), cut["half"]) for cut in branch["cuts"]),
+            branch["saved_bytes"],
+        )
+        for branch in fields.get("halves", ())
+    )
+    return BlockPlan(**{**_tuples(fields), "halves": halves})
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
     >>> import timm, revify
     >>> model = revify.convert(timm.create_model("test_vit"), **revify.presets.revvit.options)
 
-All are z[k+1] = T(z[k]) + γ (z[k-1] − q(z[k])), the table of docs/method.md. Not among them are RevNet (Gomez et al.
-2017), which halves the channels of a stage: `revify.Reversible(F, G)`; Momentum ResNet (Sander et al. 2021), where γ < 0;
-MEFT (Liao et al. 2023), which adds adapters; and Gal et al. 2025, whose q is a fixed-point step.
+All but `revnet` are z[k+1] = T(z[k]) + γ (z[k-1] − q(z[k])), the table of docs/method.md. Not among them are Momentum
+ResNet (Sander et al. 2021), where γ < 0; MEFT (Liao et al. 2023), which adds adapters; and Gal et al. 2025, whose q is a
+fixed-point step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from revify.conversion import PredictorName, Unit
+from revify.algebra.formulas import Formula
+from revify.conversion import PredictorName, Streams, Unit
+from revify.couplings import additive
 
 
 class Options(TypedDict):
@@ -23,6 +25,13 @@ class Options(TypedDict):
     bits: int
     unit: Unit
     random_sign: bool
+
+
+class SplitOptions(TypedDict):
+    """What a preset with split streams gives to `plan` and `convert`."""
+
+    streams: Streams
+    coupling: Formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,31 @@ class Preset:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class SplitPreset:
+    """A published method whose streams are the halves of the channels.
+
+    Args:
+        reference: who, when, where.
+        coupling: its formula.
+        differs: as for `Preset`.
+    """
+
+    reference: str
+    coupling: Formula
+    differs: str
+
+    @property
+    def options(self) -> SplitOptions:
+        """The options of `convert`."""
+        return {"streams": "split", "coupling": self.coupling}
+
+
+revnet = SplitPreset(
+    "Gomez et al. 2017, The reversible residual network, arXiv 1707.04585, section 3.1",
+    coupling=additive,
+    differs="on a grid; the inner layers of F and G stay as wide as the block's; strided blocks stay ordinary",
+)
 reformer = Preset(
     "Kitaev, Kaiser and Levskaya 2020, Reformer: the efficient transformer, arXiv 2001.04451, section 3",
     predictor="identity",

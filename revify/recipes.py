@@ -35,6 +35,7 @@ class Recipe:
         bits: residue bits per element and step; with calibration also "auto".
         grid: resolution of the grid, in bits.
         transitions: what becomes of the layers between the stages.
+        unit: what one step is, "block" or "branch".
         calibrate: training images to fit the predictors on before training starts, ≥ 0; 0 does not.
         data: "digits", or a folder of images.
         out: folder for all that is written.
@@ -78,6 +79,7 @@ class Recipe:
     bits: int | str | None = None
     grid: int | None = None
     transitions: str | None = None
+    unit: str | None = None
     calibrate: int = 0
     data: str | Path = "digits"
     out: Path = Path("runs/finetune")
@@ -152,7 +154,7 @@ class Recipe:
 
     def conversion(self) -> dict[str, Any]:
         """The arguments of `revify.convert` that the recipe gives."""
-        given = {name: getattr(self, name) for name in ("predictor", "bits", "grid", "transitions")}
+        given = {name: getattr(self, name) for name in ("predictor", "bits", "grid", "transitions", "unit")}
         return {name: value for name, value in given.items() if value is not None}
 
     def to_json(self) -> str:

@@ -84,6 +84,12 @@ class Rewind:
 
     # Forward
 
+    def enter(self, name: str, *streams: Tensor) -> None:
+        """Note what the pass begins with."""
+        if self._peaks is not None:
+            for stream in streams:
+                self._peaks.enter(name, stream)
+
     def forward(self, layer: Layer, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run one layer."""
         passage, program = Passage(layer), layer.coupling.forward
@@ -115,8 +121,12 @@ class Rewind:
 
     def finish(self, outputs: tuple[Tensor, ...]) -> None:
         """The pass ends with these streams, or exact copies of them."""
+        self.stop(outputs)
         if self._peaks is not None:
             self._peaks.check()
+
+    def stop(self, outputs: tuple[Tensor, ...]) -> None:
+        """The pass stands at these streams; more layers may follow, or a backward."""
         if self.recorded:
             self._ends = [Value(y.detach(), version(y)) for y in outputs]
             self._position = len(self._passages) - 1
@@ -179,6 +189,8 @@ class Rewind:
     def _stand_at(self, k: int) -> None:
         """Wind to layer k, with its outputs known."""
         if self._ends:
+            if self._peaks is not None:
+                self._peaks.check()
             ends = [value.checked("the sequence") for value in self._ends]
             self._ends = []
             self._enter(self._position, ends)

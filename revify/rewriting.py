@@ -12,8 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revify.chains import Chained, ChainRule, make_branches
 from revify.checkpointing import Checkpointed
+from revify.cutting import apply_cuts
 from revify.errors import RefusalError
+from revify.parts import find_coupling, turns
 from revify.planning import BlockPlan, Plan, StagePlan
 from revify.predictors import CALIBRATED, blank_forecast, drop_forecast, hold_forecast, make_predictor
 from revify.runtime import StageRule, Step
@@ -56,6 +59,9 @@ def apply_plan(
     _check_fits(model, plan)
     converted = share(model)
     for stage in plan.stages:
+        if stage.coupling:
+            _install_halves(converted, stage, plan.grid)
+            continue
         _install(converted, stage, plan.grid, forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
         module = converted.get_submodule(checkpoint.path)
@@ -101,6 +107,20 @@ def _install(
         )
         index += len(steps)
         module.forward = steps[0] if len(steps) == 1 else Steps(steps)
+
+
+def _install_halves(model: nn.Module, stage: StagePlan, resolution: int) -> None:
+    """Cut the blocks of a split stage, and let their branches run between its halves."""
+    assert stage.axis is not None  # only stages with a known axis are split
+    channels = stage.shape[stage.axis]
+    rule = ChainRule(tuple(block.path for block in stage.blocks), stage.axis, channels, resolution)
+    order = iter(turns(find_coupling(stage.coupling), len(stage.steps)))
+    for index, block in enumerate(stage.blocks):
+        module = model.get_submodule(block.path)
+        apply_cuts(module, tuple(cut for half in block.halves for cut in half.cuts), channels)
+        own = tuple(next(order) for _ in block.halves)
+        branches = make_branches(module, block, rule, index, own)
+        module.forward = Chained(module, rule, index, branches, block.stream)
 
 
 class Steps:

@@ -7,8 +7,7 @@ Backward. When autograd first needs a dropped tensor of step k, the tape stands 
 the block runs again on z[k], which gives its saved tensors and T(z[k]), and so, by the inverse, z[k-1]; the tape now
 stands at (z[k-1], z[k]). At the start of the stage the reconstructed input must be the one that came in, bit for bit.
 
-A block finds its stream by the tensor it is given: a `Link` rides on every value between two blocks. So the state
-belongs to the forward pass, never to a module, and a value that something was done to carries no link.
+A block finds its stream by the tensor it is given (`links`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from revify.compiling import hidden_from_compiler
 from revify.errors import StreamError
 from revify.guards import Peaks, Repeats, checksum
+from revify.links import Link, split_stream, take_link
 from revify.predictors import Predictor
 from revify.replay import SideInputs, version
 from revify.reruns import Rerun
@@ -73,25 +73,6 @@ class StageRule:
     bits: int
     grid: Grid
     random_sign: bool = False
-
-
-class Link:
-    """Rides on a stream value on its way from one block to the next.
-
-    Args:
-        tape: of this forward pass.
-        index: k+1, the block that comes next.
-        older: z[k-1], with its graph.
-        newest: z[k], with its graph, where the value that carries the link is a shorter-typed copy of it; else None.
-    """
-
-    __slots__ = ("index", "newest", "older", "tape", "version")
-
-    def __init__(self, tape: Tape, index: int, older: Tensor, newest: Tensor | None, version: int) -> None:
-        self.tape, self.index, self.older, self.newest, self.version = tape, index, older, newest, version
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a value that is saved or copied leaves its forward pass
 
 
 @dataclass(slots=True)
@@ -277,7 +258,7 @@ class Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
         if self.rule.random_sign and not self.block.training:
             return self.transform(self.block, *args, **kwargs)
-        x, side = self._split(args, kwargs)
+        x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
         if not tape.continues_at(self.index):
             tape = Tape(self.rule)
@@ -293,51 +274,14 @@ class Step:
             return visible
         return (*others[: self.result], visible, *others[self.result :])
 
-    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
-        """The stream tensor, and the arguments with a hole where it was."""
-        x: Any = None  # Any: a caller may pass anything
-        if isinstance(self.stream, int) and self.stream < len(args):
-            x = args[self.stream]
-            args = (*args[: self.stream], None, *args[self.stream + 1 :])
-        elif isinstance(self.stream, str) and self.stream in kwargs:
-            x, kwargs = kwargs[self.stream], {**kwargs, self.stream: None}
-        if not isinstance(x, Tensor):
-            where = f"argument {self.stream}" if isinstance(self.stream, int) else f"keyword {self.stream!r}"
-            raise StreamError(
-                f"{self.name}: expected its stream, a tensor, as {where}, got {type(x).__name__}. Call the block as it "
-                "was called when the model was converted."
-            )
-        return x, (args, kwargs)
-
     def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
         """The tape of this forward pass, z[k] and z[k-1]."""
-        link: Link | None = x.__dict__.pop("revify_link", None)
-        if link is None and x._base is not None and _same_place(x, x._base):
-            link = x._base.__dict__.pop("revify_link", None)  # FSDP and backward hooks hand on an alias
-        if link is not None and (link.tape.rule is not self.rule or link.index != self.index):
-            came_from = link.tape.rule.names[link.index - 1]
-            raise StreamError(
-                f"{self.name} was given the output of {came_from}, which should go to {link.tape.rule.names[link.index]}: "
-                "the blocks of a stage must be called in the order in which they were converted. Call them in order, or "
-                "convert again after reordering the plain model."
-            )
-        if self.index == 0:
+        link = take_link(x, self.rule, self.index)
+        if link is None:
             tape = Tape(self.rule)
             tape.enter(x)
             return tape, OnGrid.apply(x, self.rule.grid), None
-        previous = self.rule.names[self.index - 1]
-        if link is None:
-            raise StreamError(
-                f"{self.name}: its input is not the output of {previous}. Something stands between the two blocks (an "
-                "operation, a hook that returns a new tensor, gradient checkpointing), or blocks were skipped, repeated "
-                "or called alone. Remove it, or convert the model as it is called now; revify.revert gives the plain "
-                "blocks back."
-            )
-        if version(x) != link.version:
-            raise StreamError(
-                f"{self.name}: the output of {previous} was changed in place on its way here. Use an out-of-place "
-                "operation inside of the blocks, or convert the model as it is called now."
-            )
+        assert isinstance(link.tape, Tape)  # a rule belongs to steps only
         return link.tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
 
     def _step(
@@ -414,10 +358,6 @@ class Step:
         """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""
         forecast, t, late, _ = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
         return forecast.detach(), t.detach(), None if late is None else late.detach()
-
-
-def _same_place(one: Tensor, other: Tensor) -> bool:
-    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 def with_strides(values: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from revify.blocks import ADDITIONS, WITHOUT_VALUES, Shortcut, dependent_on, find_shortcut
+from revify.blocks import dependent_on
 from revify.errors import StreamError
+from revify.joints import Joint, find_cuts, find_joints, has_side_effects
 from revify.tracing import meta_copy
 
 
@@ -90,6 +91,19 @@ class Segment:
         return values[self.operations[-1].result]
 
 
+@dataclass(frozen=True, slots=True)
+class BranchCode:
+    """A residual branch of a block, without its shortcut.
+
+    Args:
+        run: x → f(x).
+        activation: what a post-activation block does to the sum; None where it does nothing.
+    """
+
+    run: Segment
+    activation: Segment | None
+
+
 def find_segments(block: nn.Module, stream: int | str, given: Collection[int | str]) -> tuple[Segment, ...]:
     """The segments of a block.
 
@@ -101,9 +115,66 @@ def find_segments(block: nn.Module, stream: int | str, given: Collection[int | s
     Returns:
         The segments in order, at least two, or none where the block cannot be cut.
     """
+    reading = _read(block, stream, given)
+    if reading is None:
+        return ()
+    ends = list(pairwise(find_cuts(reading.graph, reading.x, reading.modules)))
+    parts = [_between(reading.graph, reading.x, start, end) for start, end in ends]
+    if any(part is None for part in parts):
+        return ()
+    return tuple(
+        reading.segment(start, _operations(part, reading.x, start, reading.arguments))
+        for (start, _), part in zip(ends, parts, strict=True)
+        if part is not None
+    )
+
+
+def find_branches(block: nn.Module, stream: int | str, given: Collection[int | str]) -> tuple[BranchCode, ...]:
+    """The residual branches of a block, in order; none where they cannot be told apart. Arguments as for `find_segments`."""
+    reading = _read(block, stream, given)
+    if reading is None or has_side_effects(reading.graph):
+        return ()
+    y = next(node for node in reading.graph.nodes if node.op == "output").args[0]
+    if not isinstance(y, fx.Node):
+        return ()
+    found = []
+    for joint in find_joints(reading.x, y, reading.modules):
+        end = joint.addition if joint.activated else joint.end
+        nodes = _between(reading.graph, reading.x, joint.start, end, {joint.addition: [joint.branch]})
+        if nodes is None:
+            return ()
+        own = _operations(nodes, reading.x, joint.start, reading.arguments)
+        run = reading.segment(
+            joint.start, tuple(_alone(o, joint) if o.result == joint.addition.name else o for o in own)
+        )
+        tail = _operations(list(joint.tail), reading.x, joint.addition, reading.arguments)
+        found.append(BranchCode(run, reading.segment(joint.addition, tail) if joint.activated else None))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A block's graph, with its children as leaves."""
+
+    graph: fx.Graph
+    x: fx.Node
+    modules: dict[str, nn.Module]
+    stream: int | str
+    parameters: tuple[str, ...]
+    fixed: dict[str, Any]
+    arguments: dict[fx.Node, str]
+
+    def segment(self, start: fx.Node, operations: tuple[Operation, ...]) -> Segment:
+        """Operations on the value at `start`."""
+        name = self.arguments.get(start, start.name)
+        return Segment(self.stream, self.parameters, self.fixed, name, operations)
+
+
+def _read(block: nn.Module, stream: int | str, given: Collection[int | str]) -> _Reading | None:
+    """The graph of a block; None where there is none, or where it depends on the block's mode."""
     signature = inspect.signature(block.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
-        return ()
+        return None
     fixed = {
         p.name: p.default
         for place, p in enumerate(signature)
@@ -112,20 +183,24 @@ def find_segments(block: nn.Module, stream: int | str, given: Collection[int | s
     bare = meta_copy(block)
     graph = _traced(bare, fixed)
     if graph is None or str(graph) != str(_traced(bare.eval(), fixed)):
-        return ()  # the block asks for its mode, which a graph cannot
+        return None  # the block asks for its mode, which a graph cannot
     names = tuple(p.name for p in signature)
     inputs = dict(zip(names, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
     x = inputs[names[stream] if isinstance(stream, int) else stream]
     arguments = {node: _argument(name) for name, node in inputs.items()}
-    ends = list(pairwise(_cuts(graph, x, dict(bare.named_modules()))))
-    parts = [_between(graph, x, start, end) for start, end in ends]
-    if any(part is None for part in parts):
-        return ()
-    return tuple(
-        Segment(stream, names, fixed, arguments.get(start, start.name), _operations(part, x, start, arguments))
-        for (start, _), part in zip(ends, parts, strict=True)
-        if part is not None
+    return _Reading(graph, x, dict(bare.named_modules()), stream, names, fixed, arguments)
+
+
+def _alone(addition: Operation, joint: Joint) -> Operation:
+    """The residual addition without its shortcut."""
+    used = tuple(name for name in addition.last_used if name == joint.branch.name)
+    return replace(
+        addition, kind="call_function", target=_same, args=(Slot(joint.branch.name),), kwargs={}, last_used=used
     )
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def with_stream(
@@ -157,44 +232,23 @@ def _traced(block: nn.Module, fixed: dict[str, Any]) -> fx.Graph | None:
         return None
 
 
-def _cuts(graph: fx.Graph, x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
-    """x, the additions that part the segments, y; or nothing where there is only one segment."""
-    y = next(node for node in graph.nodes if node.op == "output").args[0]
-    unused = [n for n in graph.nodes if not n.users and n.op not in ("output", "placeholder", "get_attr")]
-    if not isinstance(y, fx.Node) or not all(_is_size(n) or "assert" in str(n.target) for n in unused):
-        return []  # what nobody uses is there for a side effect; asserts are torch.fx's own, of fixed arguments
-    found, dependent = [x], dependent_on(x)
-    for node in graph.nodes:
-        joins = node.target in ADDITIONS and len(dependent.intersection(node.all_input_nodes)) > 1
-        narrow = joins and node is not y and not _reaches(x, y, without=node)
-        if narrow and find_shortcut(found[-1], node, modules) in (Shortcut.IDENTITY, Shortcut.SCALED):
-            found.append(node)
-    while len(found) > 1 and find_shortcut(found[-1], y, modules) is None:
-        found.pop()  # no addition comes after it: what does belongs to its own segment
-    return [*found, y] if len(found) > 1 else []
+def _between(
+    graph: fx.Graph,
+    x: fx.Node,
+    start: fx.Node,
+    end: fx.Node,
+    inputs: Mapping[fx.Node, list[fx.Node]] | None = None,
+) -> list[fx.Node] | None:
+    """What leads from one node to another, in order; None where it needs a value from before the start.
 
-
-def _reaches(x: fx.Node, y: fx.Node, *, without: fx.Node) -> bool:
-    """Whether values (not sizes) lead from x to y around a node."""
-    seen, pending = {without}, [x]
-    while pending:
-        node = pending.pop()
-        if node is y:
-            return True
-        if node not in seen:
-            seen.add(node)
-            pending += [user for user in node.users if not _is_size(user)]
-    return False
-
-
-def _between(graph: fx.Graph, x: fx.Node, start: fx.Node, end: fx.Node) -> list[fx.Node] | None:
-    """What leads from one node to another, in order; None where it needs a value from before the start."""
+    `inputs` says of which of its inputs a node is computed, where that is not all of them.
+    """
     needed, pending = {x, start}, [end]
     while pending:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending += node.all_input_nodes
+            pending += (inputs or {}).get(node, node.all_input_nodes)
     nodes = [n for n in graph.nodes if n in needed and n not in (x, start) and n.op != "placeholder"]
     before = dependent_on(x) - dependent_on(start) if start is not x else set()
     return None if before.intersection(nodes) else nodes
@@ -226,13 +280,6 @@ def _operations(
 def _out_of_place(node: fx.Node, start: fx.Node) -> Any:
     """`x += branch(x)` would change the stream, which the segment before it gave: add instead."""
     return operator.add if node.target is operator.iadd and node.args[0] is start else node.target
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether it gives a shape, a type, a device, or a part of one."""
-    if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
-    return node.target is getattr or node.target in WITHOUT_VALUES
 
 
 def _argument(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -20,19 +21,22 @@ def draw_plan(plan: Plan) -> str:
     shapes = ", ".join("×".join(map(str, shape)) for shape in plan.example)
     name = f"{plan.architecture} ({plan.model})" if plan.architecture else plan.model
     table = Table(box=box.SIMPLE_HEAD, title=f"{name}, input {shapes}", title_justify="left")
-    for column in ("stage", "blocks", "shape", "shortcut", "predictor"):
+    for column in ("stage", "blocks", "shape", "shortcut", "coupling" if plan.is_split else "predictor"):
         table.add_column(column)
     for column in ("bits", "deviation", "saved MiB", "share"):
         table.add_column(column, justify="right")
     for number, stage in enumerate(plan.stages):
         first, last = stage.blocks[0], stage.blocks[-1]
         cut = f", {len(stage.steps)} branches" if len(stage.steps) > len(stage.blocks) else ""
+        if stage.coupling:
+            ways = Counter(half.how for block in stage.blocks for half in block.halves)
+            cut = f", branches: {', '.join(f'{count} {way}' for way, count in ways.items())}"
         table.add_row(
             str(number),
             f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",
             "×".join(map(str, stage.shape[1:])),
             ", ".join(sorted({b.shortcut for b in stage.blocks})),
-            f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor,
+            stage.coupling or (f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor),
             str(stage.bits),
             "–" if stage.deviation is None else f"{stage.deviation:.4f}",
             f"{stage.saved_bytes / 2**20:.1f}",
@@ -49,6 +53,8 @@ def draw_plan(plan: Plan) -> str:
         f"  saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
         f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
     )
+    if any(b.shortcut == "post-activation" for stage in plan.stages if stage.coupling for b in stage.blocks):
+        console.print("  the activations after the additions go into the branches, and once to the end of each stage")
     if plan.traced != "whole":
         console.print(f"  traced {plan.traced}")
     return text.getvalue().rstrip()
