@@ -179,8 +179,8 @@ class Chained:
         """Both halves, each dense in memory, in the order in which z is."""
         flat = z.dim() == 4 and z.is_contiguous(memory_format=torch.channels_last) and not z.is_contiguous()
         order = torch.channels_last if flat else torch.contiguous_format
-        parts = (half_range(half, self.rule.channels) for half in (0, 1))
-        one, two = (z.narrow(self.rule.axis, p.start, p.stop - p.start).contiguous(memory_format=order) for p in parts)
+        sizes = [part.stop - part.start for part in (half_range(half, self.rule.channels) for half in (0, 1))]
+        one, two = (part.contiguous(memory_format=order) for part in torch.split(z, sizes, self.rule.axis))
         return one, two
 
     def _activated(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -48,6 +48,7 @@ def split_stages(plan: Plan, model: nn.Module, example: Example, formula: Formul
     inputs = {call.path: tuple(i.argument for i in call.inputs) for call in observe(model, example).calls}
     tied = _tied(model)
     stages: list[StagePlan] = []
+    orders: list[tuple[Turn, ...]] = []
     refusals = list(plan.refusals)
     for stage in plan.stages:
         codes = {b.path: find_branches(model.get_submodule(b.path), b.stream, inputs[b.path]) for b in stage.blocks}
@@ -60,8 +61,10 @@ def split_stages(plan: Plan, model: nn.Module, example: Example, formula: Formul
         halved = _first_plan(stage, codes, order, graph, tied)
         halved = replace(halved, coupling=name, predictor="–", bits=0)
         halved = replace(halved, blocks=tuple(replace(b, inputs=inputs[b.path]) for b in halved.blocks))
-        stages.append(_proven(halved, model, example, order, plan.grid))
-    return replace(plan, stages=tuple(stages), refusals=tuple(refusals))
+        stages.append(halved)
+        orders.append(order)
+    proven = _proven(stages, model, example, orders, plan.grid) if stages else ()
+    return replace(plan, stages=proven, refusals=tuple(refusals))
 
 
 def _refusals(stage: StagePlan, codes: dict[str, tuple[BranchCode, ...]]) -> Iterator[Refusal]:
@@ -132,20 +135,25 @@ def _tied(model: nn.Module) -> set[str]:
     return shared | {path.rpartition(".")[0] for path in shared}
 
 
-def _proven(stage: StagePlan, model: nn.Module, example: Example, order: tuple[Turn, ...], grid: int) -> StagePlan:
-    """The stage with every branch lifted that did not run when cut, and what each saves."""
+def _proven(
+    stages: list[StagePlan], model: nn.Module, example: Example, orders: list[tuple[Turn, ...]], grid: int
+) -> tuple[StagePlan, ...]:
+    """The stages with every branch lifted that did not run when cut, and what each saves."""
 
-    def work(copied: nn.Module, given: Example) -> StagePlan:
-        rest = iter(order)
-        rule = _rule(stage, grid)
-        trials = []
-        for index, block in enumerate(stage.blocks):
-            own = tuple(next(rest) for _ in block.halves)
-            trials.append(_Trial(copied.get_submodule(block.path), block, rule, index, own))
-        for trial in trials:
-            trial.block.forward = trial
+    def work(copied: nn.Module, given: Example) -> tuple[StagePlan, ...]:
+        trials: list[list[_Trial]] = []
+        for stage, order in zip(stages, orders, strict=True):
+            rest, rule = iter(order), _rule(stage, grid)
+            trials.append([])
+            for index, block in enumerate(stage.blocks):
+                own = tuple(next(rest) for _ in block.halves)
+                trial = _Trial(copied.get_submodule(block.path), block, rule, index, own)
+                trial.block.forward = trial
+                trials[-1].append(trial)
         call_with(copied, given)
-        return replace(stage, blocks=tuple(trial.plan for trial in trials))
+        return tuple(
+            replace(stage, blocks=tuple(trial.plan for trial in own)) for stage, own in zip(stages, trials, strict=True)
+        )
 
     return run_copy(model, example, work)
 

@@ -44,3 +44,11 @@ def test_transformers_models(capsys: pytest.CaptureFixture[str]) -> None:
     names = [line.partition(":")[0] for line in lines]
     assert names == ["ViT", "DINOv2", "CLIP", "BERT", "GPT-2", "Llama", "Whisper"]
     assert all(": 4 blocks, " in line and line.endswith("exact True") for line in lines)
+
+
+def test_revnets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["revnets.py", "38", "56"])
+    _, small, large, step = printed_by("revnets", capsys)
+    assert small.split() == ["RevNet-38", "0.52", "M", "ResNet-32", "0.46", "M", "16"]
+    assert large.split() == ["RevNet-56", "33.91", "M", "ResNet-50", "25.56", "M", "14"]
+    assert step.startswith("one training step of RevNet-38: gradient of the stem ")
