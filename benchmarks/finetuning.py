@@ -4,7 +4,7 @@
 
 CIFAR-10 ResNets of ../shared/data learn images that were stored as poor JPEG files, on which they are some twenty points
 worse at first; the ViT-S learns five kinds of flowers. Every method sees the same images in the same order for each seed.
-"0 → 4 bits" fits its predictors again for the last quarter of the steps, with 4 bits: the model then is nearly the plain
+Arrows are schedules: the predictors are fitted again on the way, with other bits; at 4 bits the model is nearly the plain
 one, so that little changes when it is reverted. Accuracy converted and after `revert`; memory of one step (exact); the
 median step time (of runs one after the other, so compare with care).
 Writes benchmarks/results/finetuning.csv and .txt after every run, and finetuning.png.
@@ -34,8 +34,6 @@ import revify
 from revify.counting import count_memory
 from revify.measuring import checkpoint_blocks
 
-SHARE = 0.75  # of the steps, after which the bits change where they do
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -50,7 +48,6 @@ class Subject:
         calibrate: images to fit predictors on.
         epochs: over the training images.
         batch: images per step.
-        grid: resolution for the calibrated conversions.
     """
 
     create: Callable[[], nn.Module]
@@ -61,7 +58,6 @@ class Subject:
     calibrate: int = 256
     epochs: int = 3
     batch: int = 64
-    grid: int = 10
 
 
 @dataclass(frozen=True)
@@ -71,16 +67,18 @@ class Method:
     Args:
         predictor: None leaves it plain.
         bits: residue bits.
-        then: the bits of the last quarter, after fitting the predictors again.
+        refits: (share of the steps, bits): when the predictors are fitted again, and the bits from then on.
         random_sign: BDIA's.
         checkpointed: the plain model with per-block checkpointing.
+        grid: resolution; what blows up needs room, which a coarser grid has.
     """
 
     predictor: str | None = None
     bits: int = 0
-    then: int | None = None
+    refits: tuple[tuple[float, int], ...] = ()
     random_sign: bool = False
     checkpointed: bool = False
+    grid: int = 10
 
     def prepare(self, subject: Subject) -> nn.Module:
         """The model to train."""
@@ -89,11 +87,16 @@ class Method:
             checkpoint_blocks(model, revify.plan(model, images[:2]))
         if self.predictor is None:
             return model
-        if self.predictor not in CALIBRATED:  # what blows up needs room: a coarser grid reaches further
+        if self.predictor not in CALIBRATED:
             return revify.convert(
-                model, images[:2], predictor=self.predictor, bits=self.bits, grid=6, random_sign=self.random_sign
+                model,
+                images[:2],
+                predictor=self.predictor,
+                bits=self.bits,
+                grid=self.grid,
+                random_sign=self.random_sign,
             )
-        return self.refit(revify.convert(model, images[:2], grid=subject.grid), subject, self.bits)
+        return self.refit(revify.convert(model, images[:2], grid=self.grid), subject, self.bits)
 
     def refit(self, model: nn.Module, subject: Subject, bits: int) -> nn.Module:
         """The model with predictors fitted to its present weights."""
@@ -106,12 +109,15 @@ METHODS = {
     "plain": Method(),
     "checkpointed": Method(checkpointed=True),
     "linear, 0 bits": Method("linear", 0),
-    "linear, 0 → 4 bits": Method("linear", 0, then=4),
+    "linear, 0 → 4 bits": Method("linear", 0, refits=((0.5, 4),)),
+    "linear, 0 → 0 → 4": Method("linear", 0, refits=((0.15, 0), (0.3, 0), (0.5, 4))),
+    "linear, 4 → 0 bits": Method("linear", 4, refits=((0.5, 0),)),
+    "identity, 4 bits": Method("identity", 4),
     "linear, 1 bit": Method("linear", 1),
     "linear, 2 bits": Method("linear", 2),
     "diagonal, 2 bits": Method("diagonal", 2),
-    "rewired (Re2TAL)": Method("identity", 0),
-    "BDIA": Method("midpoint", 1, random_sign=True),
+    "rewired (Re2TAL)": Method("identity", 0, grid=6),
+    "BDIA": Method("midpoint", 1, random_sign=True, grid=6),
 }
 
 
@@ -209,8 +215,9 @@ def finetune(model: nn.Module, method: Method, subject: Subject, seed: int) -> t
     for _ in range(subject.epochs):
         order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(images) // subject.batch * subject.batch].split(subject.batch):
-            if method.then is not None and len(seconds) == int(SHARE * steps):
-                model = method.refit(model, subject, method.then).train()
+            for share, bits in method.refits:
+                if len(seconds) == int(share * steps):
+                    model = method.refit(model, subject, bits).train()
             start = time.perf_counter()
             loss = functional.cross_entropy(model(subject.augment(images[rows], generator)), labels[rows])
             loss.backward()
@@ -266,8 +273,6 @@ def run(results: Results, name: str, key: str, subject: Subject, seed: int) -> N
         return
     plain = revify.revert(model).eval() if hasattr(model, "revify_plan") else model
     reverted = accuracy(plain, *subject.test) if plain is not model else score
-    if method.then is not None:
-        model = method.refit(model, subject, method.bits)  # the memory of most of the run
     memory = peak(model, subject.train[0][: subject.batch], subject.train[1][: subject.batch])
     results.row(name, key, seed, score, reverted, memory, seconds)
 

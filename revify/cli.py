@@ -128,6 +128,8 @@ def _finetune(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     given["model_kwargs"] = dict(options.model_kwargs)
     given.setdefault("out", Path("runs") / options.model)
+    if "bits_schedule" in given:
+        given["bits_schedule"] = tuple(given["bits_schedule"])
     if "scale" in given:
         given["scale"] = tuple(given["scale"])
     finetune(Recipe(**given), ConsoleProgress(Console(stderr=True)))

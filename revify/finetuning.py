@@ -36,14 +36,17 @@ from torch.nn.functional import cross_entropy
 
 from revify.agreement import agreement, calibration_images
 from revify.architectures import Architecture, Created, create
+from revify.calibration import calibrate
 from revify.checkpoints import load, save
 from revify.conversion import convert, revert
 from revify.datasets import ImageData, make_loaders, open_data
 from revify.errors import RevifyError
 from revify.measuring import checkpoint_blocks, measure
 from revify.outcomes import Epoch, Outcome, Result, best_epoch, write_text
+from revify.planning import Plan
 from revify.progress import Progress
 from revify.recipes import Recipe
+from revify.rewriting import change_bits, copy_forecasts
 from revify.states import states, telling_disk_errors
 from revify.training import Form, evaluate, sample_batch, train
 
@@ -86,7 +89,13 @@ def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
         converted = _convert(created, data, recipe, progress)
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
 
-        form = Form("converted", converted, out, lambda model, path: save(model, path, created.record))
+        form = Form(
+            "converted",
+            converted,
+            out,
+            lambda model, path: save(model, path, created.record),
+            partial(_change, converted, created, data, recipe, progress),
+        )
         training = partial(
             _train, recipe=recipe, data=data, created=created, accelerator=accelerator, progress=progress
         )
@@ -205,6 +214,22 @@ def _convert(created: Created, data: ImageData, recipe: Recipe, progress: Progre
     if recipe.calibrate:
         progress.note(str(agreement(converted, created.model, data, created.input_size)))
     return converted
+
+
+def _change(
+    model: nn.Module, created: Created, data: ImageData, recipe: Recipe, progress: Progress, bits: int, fit: bool
+) -> None:
+    """Go on with other bits, in place: the optimizer and Accelerate's wrappers hold on to the model."""
+    old: Plan = model.revify_plan  # type: ignore[assignment]  # nn.Module promises a Tensor or a Module
+    plan = replace(old, stages=tuple(replace(stage, bits=bits, deviation=None) for stage in old.stages))
+    if fit and recipe.calibrate:
+        images = calibration_images(data, recipe.calibrate, created.model, created.input_size)
+        fitted = calibrate(model, images, predictor=recipe.predictor or "auto", bits=bits)
+        copy_forecasts(model, fitted)
+        plan = fitted.revify_plan  # type: ignore[assignment]  # as above
+    change_bits(model, plan)
+    if fit:
+        progress.note(f"{bits} bits from here on" + (", predictors fitted again" if recipe.calibrate else ""))
 
 
 def _rivals(created: Created, converted: nn.Module, out: Path) -> Iterator[Form]:

@@ -163,6 +163,14 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     run.add("--out", Path, "folder to write to (default: runs/MODEL)", default="")
     run.add("--calibrate", int, "training images to fit the predictors on first, 0 for none")
+    run.add(
+        "--bits-schedule",
+        _phase,
+        "after so many epochs go on with other bits, predictors fitted again, such as 2:4",
+        nargs="+",
+        metavar="EPOCHS:BITS",
+        default="off",
+    )
     run.flag("--resume", "continue the run in --out after its last whole epoch")
     run.flag("--compare", "train the plain and the checkpointed model too, with the same seed and budget")
     run.add("--epochs", int, "in all")
@@ -254,6 +262,13 @@ def _bits(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
     return text if text == "auto" else int(text)
+
+
+def _phase(text: str) -> tuple[int, int]:
+    epochs, _, bits = text.partition(":")
+    if not (epochs.isdecimal() and bits.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not EPOCHS:BITS, such as 2:4")
+    return int(epochs), int(bits)
 
 
 def _positive(text: str) -> int:

@@ -24,6 +24,7 @@ class Epoch:
         val_accuracy: 0…1.
         step_seconds: median over the epoch's steps, forward, backward and update.
         peak_bytes: the most that one step allocates beside weights, gradients and the optimizer's state.
+        phase: how often the bits had been changed by then.
     """
 
     epoch: int
@@ -34,6 +35,7 @@ class Epoch:
     val_accuracy: float
     step_seconds: float
     peak_bytes: int
+    phase: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,9 @@ def _ratio(value: float, rival: float | None) -> str:
 
 
 def best_epoch(history: Sequence[Epoch]) -> Epoch:
-    """The first epoch with the highest validation accuracy."""
-    return max(history, key=lambda epoch: (epoch.val_accuracy, -epoch.epoch))
+    """The first epoch with the highest validation accuracy, of those with the bits of the last."""
+    latest = [epoch for epoch in history if epoch.phase == history[-1].phase]
+    return max(latest, key=lambda epoch: (epoch.val_accuracy, -epoch.epoch))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from revify.errors import RevifyError
+from revify.stream import MAX_BITS
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -37,6 +38,8 @@ class Recipe:
         transitions: what becomes of the layers between the stages.
         unit: what one step is, "block" or "branch".
         calibrate: training images to fit the predictors on before training starts, ≥ 0; 0 does not.
+        bits_schedule: (epochs done, bits): when to go on with other bits, the predictors being fitted again; the best
+            epoch is then one of those with the last bits.
         data: "digits", or a folder of images.
         out: folder for all that is written.
         epochs: in all, those before a resume included, ≥ 1.
@@ -81,6 +84,7 @@ class Recipe:
     transitions: str | None = None
     unit: str | None = None
     calibrate: int = 0
+    bits_schedule: tuple[tuple[int, int], ...] = ()
     data: str | Path = "digits"
     out: Path = Path("runs/finetune")
     epochs: int = 3
@@ -111,6 +115,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         low, high = self.scale
+        starts = [start for start, _ in self.bits_schedule]
+        fitting = all(0 <= bits <= MAX_BITS for _, bits in self.bits_schedule)
         mixes = self.mixup > 0 or self.cutmix > 0
         rules = (
             (self.epochs >= 1, f"epochs is {self.epochs}; at least 1 is needed"),
@@ -137,6 +143,11 @@ class Recipe:
                 "mixup, cutmix and color_jitter must be 0 or above",
             ),
             (self.calibrate >= 0, f"calibrate is {self.calibrate}; it must be 0 or above"),
+            (
+                starts == sorted(set(starts)) and all(1 <= start < self.epochs for start in starts) and fitting,
+                f"bits_schedule is {self.bits_schedule}; expected pairs (epochs done, bits) with rising numbers of epochs, "
+                f"1 to {self.epochs - 1}, and 0 to {MAX_BITS} bits",
+            ),
             (0 <= self.reprob <= 1, f"reprob is {self.reprob}, not in [0, 1]"),
             (self.hflip is None or 0 <= self.hflip <= 1, f"hflip is {self.hflip}, not in [0, 1]"),
             (0 < low <= high <= 1, f"scale is {self.scale}; expected 0 < low <= high <= 1"),
@@ -151,6 +162,10 @@ class Recipe:
         for holds, fault in rules:
             if not holds:
                 raise RevifyError(f"the recipe for {self.model}: {fault}.")
+
+    def phases(self, epochs: int) -> list[int]:
+        """The bits that the schedule has brought before the epoch after this many, in order."""
+        return [bits for start, bits in self.bits_schedule if start < epochs]
 
     def conversion(self) -> dict[str, Any]:
         """The arguments of `revify.convert` that the recipe gives."""

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from revify.chains import Chained, ChainRule, make_branches
@@ -18,7 +19,14 @@ from revify.cutting import apply_cuts
 from revify.errors import RefusalError
 from revify.parts import find_coupling, turns
 from revify.planning import BlockPlan, Plan, StagePlan
-from revify.predictors import CALIBRATED, blank_forecast, drop_forecast, hold_forecast, make_predictor
+from revify.predictors import (
+    CALIBRATED,
+    blank_forecast,
+    drop_forecast,
+    forecast_names,
+    hold_forecast,
+    make_predictor,
+)
 from revify.runtime import StageRule, Step
 from revify.segments import Segment, find_segments, with_stream
 from revify.stream import Grid
@@ -70,6 +78,28 @@ def apply_plan(
     return converted
 
 
+def change_bits(model: nn.Module, plan: Plan) -> None:
+    """Give a converted model, in place, the bits of another plan of the same stages.
+
+    Args:
+        model: converted, with full streams; no forward pass of it may wait for its backward.
+        plan: like the model's own but for the bits.
+    """
+    for stage in plan.stages:
+        rule = _rule(stage, plan.grid)
+        for step in (step for block in stage.blocks for step in _steps(model.get_submodule(block.path))):
+            step.rule = rule
+    model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
+
+
+def copy_forecasts(model: nn.Module, source: nn.Module) -> None:
+    """Give a converted model, in place, the fitted predictors of another conversion with the same ones."""
+    with torch.no_grad():
+        for part, other in zip(model.modules(), source.modules(), strict=True):
+            for name in forecast_names(part):
+                getattr(part, name).copy_(getattr(other, name))
+
+
 def remove_plan(model: nn.Module) -> nn.Module:
     """The plain module tree of a converted model, sharing its parameters and buffers."""
     plain = share(model)
@@ -88,8 +118,8 @@ def _install(
     forecasts: Mapping[str, dict[str, Tensor]],
     trainable: bool,
 ) -> None:
-    grid = Grid(resolution)
-    rule = StageRule(stage.steps, stage.bits, grid, stage.random_sign)
+    rule = _rule(stage, resolution)
+    grid = rule.grid
     index = 0
     for block in stage.blocks:
         module = model.get_submodule(block.path)
@@ -107,6 +137,16 @@ def _install(
         )
         index += len(steps)
         module.forward = steps[0] if len(steps) == 1 else Steps(steps)
+
+
+def _rule(stage: StagePlan, resolution: int) -> StageRule:
+    return StageRule(stage.steps, stage.bits, Grid(resolution), stage.random_sign)
+
+
+def _steps(block: nn.Module) -> tuple[Step, ...]:
+    """The steps that stand in for a block's forward."""
+    forward = block.__dict__.get("forward")
+    return forward.steps if isinstance(forward, Steps) else (forward,) if isinstance(forward, Step) else ()
 
 
 def _install_halves(model: nn.Module, stage: StagePlan, resolution: int) -> None:

@@ -45,12 +45,14 @@ class Form:
         model: on the CPU, not wrapped.
         folder: for what is written about it.
         save: (model, path) writes the weights; None keeps none but the state's.
+        change: (bits, fit) goes on with other bits, fitting the predictors again or not; None where there are none.
     """
 
     name: str
     model: nn.Module
     folder: Path
     save: Callable[[nn.Module, Path], None] | None = None
+    change: Callable[[int, bool], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,17 @@ def train(
         progress.start(form.name, len(history), recipe.epochs, len(run.train))
         if run.schedule:
             run.schedule.step_update(len(history) * run.updates)
+        if form.change and (passed := recipe.phases(len(history))):
+            form.change(passed[-1], False)  # what was fitted then is in the state
         for epoch in range(len(history), recipe.epochs):
+            phase = len(recipe.phases(epoch + 1)) if form.change else 0
+            if form.change and phase > len(recipe.phases(epoch)):
+                form.change(recipe.phases(epoch + 1)[-1], True)
             set_seed(recipe.seed + (epoch + 1) * _SEEDS_PER_EPOCH, device_specific=True)
             done = _train_epoch(run, epoch, progress)
             loss, accuracy = evaluate(run.model, run.validation, accelerator)
             seconds, peak = done.step_seconds, run.peak_bytes
-            history.append(Epoch(epoch + 1, done.lr, done.loss, done.accuracy, loss, accuracy, seconds, peak))
+            history.append(Epoch(epoch + 1, done.lr, done.loss, done.accuracy, loss, accuracy, seconds, peak, phase))
             _write(form, recipe, history, accelerator)
             progress.epoch(form.name, history[-1])
     finally:

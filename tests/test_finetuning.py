@@ -463,6 +463,33 @@ def test_a_calibrated_run_resumes_to_the_same_weights(images: Path, tmp_path: Pa
     assert any("converted and original agree on" in note for note in notes.notes)
 
 
+@pytest.mark.parametrize("cut_after", [1, 2])
+@pytest.mark.parametrize("fitted", [{"calibrate": 8, "predictor": "diagonal"}, {}], ids=["fitted", "fixed"])
+def test_a_schedule_of_bits_is_kept_and_resumed(
+    images: Path, tmp_path: Path, fitted: dict[str, Any], cut_after: int
+) -> None:
+    asked = {**fitted, "bits": 0, "epochs": 3, "bits_schedule": ((1, 2), (2, 4))}
+    notes = Notes()
+    result = finetune(recipe(images, tmp_path / "whole", **asked), notes)
+    assert [epoch.phase for epoch in result.epochs] == [0, 1, 2]
+    assert result.outcome("converted").best_epoch == 3  # the only one with the last bits
+    assert [note.partition(",")[0] for note in notes.notes if "from here on" in note] == [
+        "2 bits from here on",
+        "4 bits from here on",
+    ]
+    assert load(tmp_path / "whole" / "best.safetensors").revify_plan.stages[0].bits == 4
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(images, tmp_path / "cut", **asked), InterruptAfter(cut_after))
+    finetune(recipe(images, tmp_path / "cut", resume=True, **asked))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("schedule", [((0, 2),), ((3, 2),), ((2, 1), (1, 0)), ((1, 9),)])
+def test_schedules_that_make_no_sense(schedule: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(RevifyError, match="expected pairs"):
+        Recipe(model="test_vit", epochs=3, bits_schedule=schedule)
+
+
 class Notes(Progress):
     """Keeps what it is told."""
 

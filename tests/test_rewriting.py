@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import revify
 from revify.checkpointing import Checkpointed
-from revify.rewriting import apply_plan, remove_plan, share
+from revify.rewriting import apply_plan, change_bits, copy_forecasts, remove_plan, share
 from revify.runtime import Step
 
 
@@ -105,3 +105,34 @@ def test_parametrized_modules_are_converted() -> None:
     x = inputs_of(model)
     assert_same(run(result, x), run(result, x, plain=True))
     assert "blocks.0.up.parametrizations.weight.original" in dict(result.named_parameters())
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
+def test_other_bits_in_place_are_a_conversion_with_those_bits(unit: str) -> None:
+    torch.manual_seed(0)
+    plain = zoo.TwoAdditionsInABlock()
+    x = inputs_of(plain)
+    model = revify.convert(plain, x, bits=0, unit=unit)
+    parameters = list(model.parameters())
+    other = revify.convert(plain, x, bits=3, unit=unit)
+    before = run(model, x)
+    change_bits(model, other.revify_plan)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert_same(run(model, x), run(other, x))
+    assert not torch.equal(run(model, x)["output"], before["output"])
+
+
+def test_forecasts_are_copied_into_the_tensors_that_are_there() -> None:
+    torch.manual_seed(0)
+    plain = zoo.PreNormBlocks()
+    x = inputs_of(plain)
+    model = revify.calibrate(revify.convert(plain, x), x[0], predictor="linear", trainable=True)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter += 0.1
+    fitted = revify.calibrate(model, torch.randn(8, 5, 6), predictor="linear", trainable=True)
+    held = dict(model.named_parameters())
+    assert not torch.equal(run(model, x)["output"], run(fitted, x)["output"])
+    copy_forecasts(model, fitted)
+    assert all(held[name] is parameter for name, parameter in model.named_parameters())
+    assert_same(run(model, x), run(fitted, x))
