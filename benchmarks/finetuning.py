@@ -179,7 +179,7 @@ def vit_subject(size: int = 98) -> Subject:
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         groups = [
             {"params": [p for n, p in model.named_parameters() if n.startswith("head") == head], "lr": lr}
-            for head, lr in ((True, 1e-3), (False, 2e-5))
+            for head, lr in ((True, 3e-3), (False, 2e-5))
         ]
         return torch.optim.AdamW(groups, weight_decay=0.05)
 
@@ -209,7 +209,10 @@ def finetune(model: nn.Module, method: Method, subject: Subject, seed: int) -> t
     optimizer = subject.optimizer(model)
     images, labels = subject.train
     steps = subject.epochs * (len(images) // subject.batch)
-    schedule = timm.scheduler.CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
+    schedule = timm.scheduler.CosineLRScheduler(
+        optimizer, t_initial=steps, t_in_epochs=False, warmup_t=steps // 10, warmup_lr_init=1e-6
+    )
+    schedule.step_update(0)
     model.train()
     seconds: list[float] = []
     for _ in range(subject.epochs):

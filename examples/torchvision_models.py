@@ -18,6 +18,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit_b_16": lambda: torchvision.models.VisionTransformer(32, 8, 4, 4, 48, 96, num_classes=10),
     "swin_t": lambda: torchvision.models.swin_t(num_classes=10),
     "convnext_tiny": lambda: torchvision.models.convnext_tiny(num_classes=10),
+    "maxvit_t": lambda: torchvision.models.MaxVit((32, 32), 8, 2, [16, 16], [2, 3], 8, 0.1, num_classes=10),
     "efficientnet_v2_s": lambda: torchvision.models.efficientnet_v2_s(num_classes=10),
 }
 

@@ -70,10 +70,11 @@ class ResidualBlock:
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 SCALINGS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+DIVISIONS = {operator.truediv, operator.itruediv, torch.div, "truediv", "div", "div_"}
 MOVES: set[Any] = {
     operator.getitem,
     *(torch.reshape, torch.permute, torch.transpose, torch.flatten, torch.squeeze, torch.unsqueeze, torch.roll),
-    *(torch.cat, torch.chunk, torch.split, torch.unbind, torch.movedim, functional.pad),
+    *(torch.cat, torch.chunk, torch.split, torch.unbind, torch.movedim, torch.swapaxes, torch.narrow, functional.pad),
     *(
         "getitem",
         "select_result",
@@ -87,7 +88,7 @@ MOVES: set[Any] = {
         "unsqueeze",
     ),
     "contiguous",
-    *("roll", "movedim", "chunk", "split", "unbind", "to", "float", "type_as", "clone"),
+    *("roll", "movedim", "swapaxes", "narrow", "chunk", "split", "unbind", "to", "float", "type_as", "clone"),
 }
 ACTIVATIONS: set[Any] = {
     *(functional.relu, functional.relu_, functional.gelu, functional.silu, functional.leaky_relu, functional.hardswish),
@@ -166,7 +167,7 @@ def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | N
             paths += [(n, True, found) for n in operands]
         elif role == "move":
             paths += [(n, added, found) for n in operands]
-        elif role == "scale" and len(operands) == 1:
+        elif role == "scale" and len(operands) == 1 and (node.target in SCALINGS or operands[0] is node.args[0]):
             paths.append((operands[0], added, max(found, Shortcut.SCALED, key=_weight)))
         elif role in (Shortcut.POST_ACTIVATION, Shortcut.POST_NORM):
             paths += [(n, False, max(found, Shortcut(role), key=_weight)) for n in operands[:1]]
@@ -195,7 +196,7 @@ def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
         return _module_role(modules[str(node.target)])
     if node.target in ADDITIONS:
         return "add"
-    if node.target in SCALINGS:
+    if node.target in SCALINGS | DIVISIONS:
         return "scale"
     if node.target in MOVES or _is_timm_function(node.target):
         return "move"

@@ -64,7 +64,7 @@ def plan(
         predictor: of the previous stream value from the current one.
         bits: residue bits per element and step, 0…8: each costs b/8 byte and halves the change of the function.
         grid: resolution q; stream values are multiples of 2^-q within ±2^(24-q).
-        transitions: "checkpoint" also checkpoints what lies between the stages.
+        transitions: "checkpoint" also checkpoints what lies outside of the stages, where that pays.
         unit: "branch" makes each residual addition of a pre-norm block a step of its own, so that only one branch's
             activations live at a time; with predictor="identity" and bits=0 this is Rev-ViT. "block": whole blocks.
         random_sign: γ = ±2^-bits at random for each sample and step in training, so that the change of the function is

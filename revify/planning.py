@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from revify.tables import draw_plan
 from revify.tracing import Example, tensors_of
 
 FORMAT = 1
+WORTH_A_RERUN = 0.005  # of the model's saved bytes, that checkpointing a module outside of the stages must save
 
 CUT, LIFTED, WHOLE = "cut", "lifted", "lifted whole"
 
@@ -135,7 +137,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPlan:
-    """One module between the stages that is run again in backward, from its kept input."""
+    """One module outside of the stages that is run again in backward, from its kept input."""
 
     path: str
     saved_bytes: int
@@ -153,7 +155,7 @@ class Plan:
         grid: resolution q of the grid, in bits behind the binary point.
         transitions: "keep" or "checkpoint".
         stages: what becomes reversible.
-        checkpointed: what lies between the stages and is checkpointed.
+        checkpointed: what lies outside of the stages and is checkpointed.
         refusals: what looks like a block and is left as it is.
         saved_bytes: what plain autograd saves for the example.
         traced: how the structure was found: "whole" or, where the whole model cannot be traced, why not.
@@ -283,20 +285,18 @@ def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> St
 
 
 def _transitions(observation: Observation, stages: tuple[Stage, ...]) -> tuple[CheckpointPlan, ...]:
-    """The largest modules without a stage in them that lie beside or between stages; stem and head are left alone."""
+    """The largest modules without a stage in them that hold much more than their inputs: what pays."""
     inside = {b.call.path for stage in stages for b in stage.blocks}
-    above = {parent for path in inside for parent in parents(path)}
-    orders = [b.call.order for stage in stages for b in stage.blocks]
+    above = {parent for path in inside for parent in parents(path)} | {""}
+    counts = Counter(call.path for call in observation.calls)
     found: list[CheckpointPlan] = []
-    counts = [call.path for call in observation.calls]
     for call in observation.calls:
-        parent = call.path.rpartition(".")[0]
-        largest = call.path not in inside | above and parent in above
-        between = parent != "" or min(orders) < call.order < max(orders)
-        simple = call.output is not None and counts.count(call.path) == 1 and not any(i.changed for i in call.inputs)
-        if largest and between and simple and call.saved_bytes:
+        called = [parent for parent in parents(call.path) if counts[parent]]
+        largest = call.path not in inside | above and above.issuperset(called)
+        simple = call.output is not None and counts[call.path] == 1 and not any(i.changed for i in call.inputs)
+        if largest and simple:
             held = sum(_bytes(i.shape, i.dtype.itemsize) for i in call.inputs)
-            if call.saved_bytes > held:
+            if call.saved_bytes - held > WORTH_A_RERUN * observation.saved_bytes:
                 found.append(CheckpointPlan(call.path, call.saved_bytes, held))
     return tuple(found)
 

@@ -24,6 +24,7 @@ def test_torchvision_models(capsys: pytest.CaptureFixture[str]) -> None:
         "vit_b_16": "4",
         "swin_t": "2-2-6-2",
         "convnext_tiny": "3-3-9-3",
+        "maxvit_t": "5-8",
         "efficientnet_v2_s": "2-3-3-5-8-14",
     }
     assert all(line.endswith("exact True, reverted True") for line in lines)
@@ -52,3 +53,24 @@ def test_revnets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert small.split() == ["RevNet-38", "0.52", "M", "ResNet-32", "0.46", "M", "16"]
     assert large.split() == ["RevNet-56", "33.91", "M", "ResNet-50", "25.56", "M", "14"]
     assert step.startswith("one training step of RevNet-38: gradient of the stem ")
+
+
+def test_diffusers_models(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    lines = printed_by("diffusers_models", capsys)
+    assert [line.partition(",")[0] for line in lines] == [
+        "UNet2DModel: 11 blocks in 3 stages",
+        "UNet2DConditionModel: 17 blocks in 6 stages",
+        "DiTTransformer2DModel: 4 blocks in 1 stages",
+    ]
+    assert all(line.endswith("exact True") for line in lines)
+
+
+def test_dense_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    pytest.importorskip("torchvision")
+    assert printed_by("dense_prediction", capsys) == [
+        "fcn: stages 2-3-5-2, exact True",
+        "unet: stages 3-3-5-2, exact True",
+        "mask_rcnn: stages 2-3-5-2, exact True",
+    ]
