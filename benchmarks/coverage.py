@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ from revify.tables import group_reasons
 
 RESULTS = Path(__file__).parent / "results"
 SURVEY = ("name", "family", "kind", "structure", "parameters")
-PLANS = ("name", "family", "structure", "stages", "blocks", "share", "removed", "status", "reason", "seconds")
+PLANS = (
+    *("name", "family", "structure", "stages", "blocks", "share", "removed", "outside", "removed_all"),
+    *("status", "reason", "seconds"),
+)  # fmt: skip
 CHECKS = ("name", "family", "structure", "size", "stages", "blocks", "status", "reason", "seconds")
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 PLAN_SECONDS, CHECK_SECONDS = 60, 120
@@ -169,12 +173,12 @@ def _on_meta(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _planned(name: str) -> Row:
-    row: Row = {"stages": 0, "blocks": 0, "share": 0, "removed": 0, "reason": ""}
+    row: Row = {"stages": 0, "blocks": 0, "share": 0, "removed": 0, "outside": 0, "removed_all": 0, "reason": ""}
     try:
         model = _on_meta(name)
         start = time.process_time()  # of one thread: what others do on the machine does not count
         with _limit(PLAN_SECONDS):
-            plan = revify.plan(model)
+            plan = revify.plan(model, transitions="checkpoint")
         seconds = round(time.process_time() - start, 3)
     except revify.RefusalError as error:
         return {**row, "status": "refused", "reason": _one_line(error)}
@@ -185,7 +189,9 @@ def _planned(name: str) -> Row:
         "stages": len(plan.stages),
         "blocks": sum(len(stage.blocks) for stage in plan.stages),
         "share": round(plan.stage_share, 4),
-        "removed": round(1 - plan.predicted_bytes / max(plan.saved_bytes, 1), 4),
+        "removed": round(1 - replace(plan, checkpointed=()).predicted_bytes / max(plan.saved_bytes, 1), 4),
+        "outside": round(sum(c.saved_bytes - c.input_bytes for c in plan.checkpointed) / max(plan.saved_bytes, 1), 4),
+        "removed_all": round(1 - plan.predicted_bytes / max(plan.saved_bytes, 1), 4),
         "status": "converted" if plan.stages else "refused",
         "reason": reasons,
         "seconds": seconds,

@@ -293,7 +293,11 @@ def _transitions(observation: Observation, stages: tuple[Stage, ...]) -> tuple[C
     for call in observation.calls:
         called = [parent for parent in parents(call.path) if counts[parent]]
         largest = call.path not in inside | above and above.issuperset(called)
-        simple = call.output is not None and counts[call.path] == 1 and not any(i.changed for i in call.inputs)
+        simple = (
+            (call.output is not None or call.results)
+            and counts[call.path] == 1
+            and not any(i.changed for i in call.inputs)
+        )
         if largest and simple:
             held = sum(_bytes(i.shape, i.dtype.itemsize) for i in call.inputs)
             if call.saved_bytes - held > WORTH_A_RERUN * observation.saved_bytes:

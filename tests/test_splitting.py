@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import revify
 from revify import couplings
 from revify.algebra.formulas import Formula
+from revify.counting import count_memory
 from revify.couplings import additive, affine, damped, half, single, swapped
 
 EXACT = (additive, swapped, single, half, damped)
@@ -265,16 +266,32 @@ def test_blocks_must_follow_each_other() -> None:
         model.blocks[1](y + 0)
 
 
-def test_saved_bytes_do_not_grow_with_depth() -> None:
-    """What lives between forward and backward, counted by storage: the two halves, whatever the depth."""
+@pytest.mark.parametrize("coupling", [additive, swapped, single, half, affine], ids=lambda c: c.__name__)
+def test_held_bytes_do_not_grow_with_depth(coupling: Formula) -> None:
+    """What lives between forward and backward, but for the marks that every block leaves: a checksum or 256 samples."""
 
     def held(depth: int) -> int:
         torch.manual_seed(0)
-        model = revify.convert(zoo.PreNormBlocks(depth), torch.randn(2, 5, 6), streams="split")
-        stage = model.revify_plan.stages[0]
-        return stage.held_bytes
+        x = torch.randn(16, 50, 64)
+        model = revify.convert(
+            nn.Sequential(*(zoo.Mlp(64) for _ in range(depth))), x, streams="split", coupling=coupling
+        )
+        return count_memory(lambda: model(x).square().sum(), x.device).held
 
-    assert held(4) == held(12) == 2 * 5 * 6 * 4
+    shallow, deep = held(4), held(12)
+    assert deep - shallow <= 8 * (2 * 256 * 4 + 400)
+    assert shallow - 2 * 16 * 50 * 64 * 4 <= 4 * (2 * 256 * 4 + 400)  # the halves, and the output for its square
+
+
+def test_damped_streams_hold_their_bits() -> None:
+    def held(depth: int) -> int:
+        torch.manual_seed(0)
+        x = torch.randn(16, 50, 64)
+        model = revify.convert(nn.Sequential(*(zoo.Mlp(64) for _ in range(depth))), x, streams="split", coupling=damped)
+        return count_memory(lambda: model(x).square().sum(), x.device).held
+
+    bits = 16 * 50 * 64 / 2 / 8  # γ = 1/2 once for each half: one bit, on average for half of the elements a block
+    assert held(12) - held(4) == pytest.approx(8 * bits, rel=0.05)
 
 
 def test_the_inverse_of_the_whole_stage_is_exact() -> None:
