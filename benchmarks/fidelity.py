@@ -2,8 +2,8 @@
 
     python benchmarks/fidelity.py [--models resnet20 resnet56 vit_small] [--calibrate 256] [--test 1000] [--bits 0 1 2 3]
 
-Calibration images come from the training split, the
-figures from the test split (CIFAR-10) or the validation photos (flowers).
+Calibration images come from the training split, the figures from the test split (CIFAR-10) or the validation photos
+(flowers). Writes benchmarks/results/NAME.csv, .txt and .png.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import Results
+from common import RESULTS, Results
 from pretrained import cifar10, cifar_resnet, flowers, vit_small
 from torch import Tensor, nn
 
@@ -86,7 +86,24 @@ def main() -> int:
                     value = float("nan")  # the stream ran away: no function is left to measure
                 form = converted.revify_plan.stages[-1].predictor
                 results.row(name, predictor, form, bits, value, value / original, round(seconds))
+                results.write()
+    draw(results, args.models)
     return results.write()
+
+
+def draw(results: Results, models: list[str]) -> None:
+    """A panel for each network: the score over the bits, as a share of the original's, a line for each predictor."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(models), 4), layout="constrained")
+    for place, model in enumerate(models, 1):
+        axes = figure.add_subplot(1, len(models), place, title=model, xlabel="residue bits", ylabel="of the original")
+        rows = [row for row in results.rows if row["model"] == model and row["predictor"] != "–"]
+        for predictor in dict.fromkeys(row["predictor"] for row in rows):
+            points = [(row["bits"], row["of original"]) for row in rows if row["predictor"] == predictor]
+            axes.plot(*zip(*points, strict=True), marker="o", label=predictor)
+        axes.legend(fontsize="small")
+    figure.savefig(RESULTS / f"{results.name}.png", dpi=100)
 
 
 if __name__ == "__main__":
