@@ -15,7 +15,7 @@ from revify.errors import (
     StreamError,
 )
 from revify.measuring import measure
-from revify.planning import Plan
+from revify.plans import Plan
 from revify.reversible import Reversible, ReversibleSequence
 from revify.runtime import plain_backward
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from revify.observing import Observation, observe
-from revify.planning import BlockPlan, Plan, StagePlan
+from revify.plans import BlockPlan, Plan, StagePlan
 from revify.segments import Segment, find_segments, with_stream
 from revify.tracing import Example, meta_copy
 

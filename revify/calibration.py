@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revify.errors import RefusalError, RevifyError
 from revify.fitting import Sums, fit_dense, fit_diagonal, reduce_rank, subtract, take
-from revify.planning import BlockPlan, Plan, StagePlan
+from revify.plans import BlockPlan, Plan, StagePlan
 from revify.predictors import CALIBRATED, hold_forecast, make_predictor
 from revify.rewriting import apply_plan, remove_plan
 from revify.stream import MAX_BITS, Grid, step

@@ -25,7 +25,7 @@ from revify.errors import RefusalError
 from revify.layers import Layer
 from revify.links import Link, split_stream, take_link
 from revify.parts import Turn
-from revify.planning import CUT, WHOLE, BlockPlan
+from revify.plans import CUT, WHOLE, BlockPlan
 from revify.predictors import PREFIX
 from revify.replay import version
 from revify.rewinding import Rewind

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from revify.errors import CheckpointError, RevifyError
-from revify.planning import Plan
+from revify.plans import Plan
 from revify.rewriting import apply_plan
 
 FORMAT = "revify"

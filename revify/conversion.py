@@ -5,11 +5,10 @@ model ─observe, trace─▶ blocks ─▶ stages ─▶ Plan ─apply_plan─�
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal, TypedDict, cast
 
-import torch
 from torch import Tensor, nn
 
 from revify.algebra.formulas import Formula
@@ -17,17 +16,17 @@ from revify.branches import cut_blocks
 from revify.calibration import calibrate
 from revify.couplings import additive
 from revify.errors import RefusalError, RevifyError
-from revify.planning import Plan, make_plan
-from revify.predictors import CALIBRATED, FIXED
+from revify.planning import make_plan
+from revify.plans import Plan
+from revify.predictors import CALIBRATED
+from revify.requests import Example, check_model, check_options, check_streams, example_inputs
 from revify.rewriting import apply_plan, remove_plan
 from revify.splitting import split_stages
-from revify.stream import MAX_BITS
 from revify.tables import group_reasons
 
 DEFAULT_BITS = 4
 DEFAULT_GRID = 12
 
-Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 PredictorName = Literal["identity", "midpoint", "zero", "output"]
 Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
@@ -82,20 +81,20 @@ def plan(
         RefusalError: the model is already converted, wrapped, compiled or checkpointed, or does not run on the example.
         RevifyError: an option is out of its range.
     """
-    _check_options(predictor, bits, grid, transitions)
+    check_options(predictor, bits, grid, transitions)
     if unit not in ("block", "branch"):
         raise RevifyError(f'unit={unit!r} is not known: choose "block" or "branch".')
-    _check_streams(
+    check_streams(
         streams, coupling, plain=(predictor, bits, unit, random_sign) == ("identity", DEFAULT_BITS, "block", False)
     )
-    _check_model(model)
+    check_model(model)
     made = make_plan(
-        model, _example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
+        model, example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
     )
     if streams == "split":
-        return split_stages(made, model, _example_inputs(model, example), coupling)
+        return split_stages(made, model, example_inputs(model, example), coupling)
     made = replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
-    return cut_blocks(made, model, _example_inputs(model, example)) if unit == "branch" else made
+    return cut_blocks(made, model, example_inputs(model, example)) if unit == "branch" else made
 
 
 def convert(
@@ -148,7 +147,7 @@ def convert(
     Reference:
         Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of docs/method.md.
     """
-    _check_model(model)
+    check_model(model)
     if random_sign and calibration is not None:
         raise RevifyError(
             "random_sign is for fixed predictors: a calibrated one is fitted to γ > 0. Leave one of them out."
@@ -239,97 +238,3 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 _plan = plan  # `convert` has an argument of this name
-
-
-def _check_options(predictor: str, bits: int, grid: int, transitions: str) -> None:
-    if predictor not in FIXED:
-        raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(FIXED)}.")
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits <= MAX_BITS:
-        raise RevifyError(f"bits={bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}.")
-    if not isinstance(grid, int) or isinstance(grid, bool) or not 0 <= grid <= 20:
-        raise RevifyError(
-            f"grid={grid!r} is no resolution: give a whole number q from 0 to 20; values are then multiples of 2^-q within "
-            "±2^(24-q). The default is 12 (±4096)."
-        )
-    if transitions not in ("keep", "checkpoint"):
-        raise RevifyError(f'transitions={transitions!r} is not known: choose "keep" or "checkpoint".')
-
-
-def _check_streams(streams: str, coupling: Formula, *, plain: bool) -> None:
-    if streams not in ("full", "split"):
-        raise RevifyError(f'streams={streams!r} is not known: choose "full" or "split".')
-    if streams == "full" and coupling is not additive:
-        raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
-    if streams == "split" and not plain:
-        raise RevifyError(
-            'predictor, bits, unit and random_sign are for full streams: with streams="split" choose a coupling instead.'
-        )
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse models in a state in which they cannot be converted rightly."""
-    name = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise RefusalError(f"expected a torch.nn.Module, got {name}. Pass the model itself.")
-    for path, module in model.named_modules():
-        if isinstance(getattr(module, "revify_plan", None), Plan):
-            what = f"holds a module that is already converted ({path})" if path else "is already converted"
-            raise RefusalError(f"{name} {what}. Use it as it is, or revify.revert it first.")
-    wrapper = _wrapper(model)
-    if wrapper:
-        raise RefusalError(
-            f"{name} is {wrapper}. Convert the plain model first, then wrap it: the wrapper must see the converted blocks."
-        )
-    for path, module in model.named_modules():
-        if any(getattr(module, flag, False) is True for flag in ("grad_checkpointing", "gradient_checkpointing")):
-            raise RefusalError(
-                f"{name}: gradient checkpointing is switched on (in {path or 'the model'}), which would run the blocks of "
-                "a converted model out of order. Switch it off first: model.set_grad_checkpointing(False)."
-            )
-
-
-def _wrapper(model: nn.Module) -> str | None:
-    """How a model is wrapped, by the classes of torch that do it; importing them all would take seconds."""
-    classes = {kind for module in model.modules() for kind in type(module).__mro__}
-    kinds = {kind.__name__ for kind in classes if kind.__module__.startswith("torch.")}
-    if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}:
-        return "wrapped for parallel training (DDP, FSDP or DataParallel)"
-    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
-    if compiled or any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
-        return "compiled with torch.compile, or holds a compiled module"
-    if isinstance(model, torch.jit.ScriptModule):
-        return "a TorchScript module"
-    return None
-
-
-def _example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    if isinstance(example, Tensor):
-        return (example,)
-    if example is not None:
-        inputs = dict(example) if isinstance(example, Mapping) else tuple(example)
-        tensors = inputs.values() if isinstance(inputs, dict) else inputs
-        if not inputs or not all(isinstance(x, Tensor) for x in tensors):
-            raise RevifyError(
-                "example: expected a tensor, a tuple of tensors (the positional inputs of the model) or a dictionary of "
-                "tensors (its keyword inputs)."
-            )
-        return inputs
-    size = _input_size(model)
-    if size is None:
-        raise RefusalError(
-            f"{type(model).__name__} has no timm configuration that names its input size, so it cannot be analysed without "
-            "an example. Pass one batch: revify.convert(model, images)."
-        )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return (torch.zeros(2, *size, dtype=dtype, device="meta"),)
-
-
-def _input_size(model: nn.Module) -> tuple[int, ...] | None:
-    """Channels, height and width: of the model as built (`img_size=`), else of its timm configuration."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is None:
-        return None
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    channels = getattr(model, "in_chans", size[0])
-    return (channels, *built) if built else tuple(size)

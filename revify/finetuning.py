@@ -43,7 +43,7 @@ from revify.datasets import ImageData, make_loaders, open_data
 from revify.errors import RevifyError
 from revify.measuring import checkpoint_blocks, measure
 from revify.outcomes import Epoch, Outcome, Result, best_epoch, write_text
-from revify.planning import Plan
+from revify.plans import Plan
 from revify.progress import Progress
 from revify.recipes import Recipe
 from revify.rewriting import change_bits, copy_forecasts

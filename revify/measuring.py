@@ -30,7 +30,7 @@ from revify.conversion import plan as make_plan
 from revify.costs import Report, Row, describe
 from revify.counting import Memory, count_memory, wait
 from revify.errors import RevifyError
-from revify.planning import Plan
+from revify.plans import Plan
 from revify.rewriting import share
 
 Batch = Tensor | tuple[Tensor, ...]

@@ -18,7 +18,7 @@ from revify.checkpointing import Checkpointed
 from revify.cutting import apply_cuts
 from revify.errors import RefusalError
 from revify.parts import find_coupling, turns
-from revify.planning import BlockPlan, Plan, StagePlan
+from revify.plans import BlockPlan, Plan, StagePlan
 from revify.predictors import (
     CALIBRATED,
     blank_forecast,
@@ -27,8 +27,9 @@ from revify.predictors import (
     hold_forecast,
     make_predictor,
 )
-from revify.runtime import StageRule, Step
+from revify.runtime import StageRule
 from revify.segments import Segment, find_segments, with_stream
+from revify.steps import Step
 from revify.stream import Grid
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

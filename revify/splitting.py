@@ -25,7 +25,7 @@ from revify.cutting import Cut, apply_cuts, find_cuts, half_range
 from revify.joints import find_joints
 from revify.observing import observe
 from revify.parts import Turn, coupling_name, turns
-from revify.planning import CUT, LIFTED, WHOLE, BlockPlan, BranchPlan, Plan, StagePlan
+from revify.plans import CUT, LIFTED, WHOLE, BlockPlan, BranchPlan, Plan, StagePlan
 from revify.recording import follow
 from revify.segments import BranchCode, find_branches
 from revify.tracing import Example, Trace, call_with, run_copy

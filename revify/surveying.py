@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from revify.errors import RefusalError
-from revify.planning import BlockPlan, Plan, StagePlan
+from revify.plans import BlockPlan, Plan, StagePlan
 from revify.rewriting import apply_plan
 from revify.stream import Grid
 

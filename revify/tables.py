@@ -13,7 +13,7 @@ from rich.table import Table
 from revify.blocks import Refusal
 
 if TYPE_CHECKING:
-    from revify.planning import Plan
+    from revify.plans import Plan
 
 
 def draw_plan(plan: Plan) -> str:

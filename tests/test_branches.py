@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import revify
 from revify.counting import count_memory
-from revify.planning import Plan
+from revify.plans import Plan
 from revify.segments import find_segments
 
 WIDTH = 6

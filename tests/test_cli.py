@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 import revify
 from revify.cli import main
 from revify.options import make_parser
-from revify.planning import Plan
+from revify.plans import Plan
 
 TINY = ["test_vit", "--img-size", "16", "--model-kwargs", "patch_size=8", "depth=4"]
 

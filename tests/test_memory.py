@@ -115,7 +115,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tape]]:
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("revify.runtime.Tape", Watched)
+    monkeypatch.setattr("revify.steps.Tape", Watched)
     return made
 
 

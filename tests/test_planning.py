@@ -13,7 +13,7 @@ from test_memory import Ledger
 
 import revify
 from revify import Plan
-from revify.planning import FORMAT
+from revify.plans import FORMAT
 
 
 def plan_of(kind: type[zoo.Net], **options: object) -> Plan:

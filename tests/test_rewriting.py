@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import revify
 from revify.checkpointing import Checkpointed
 from revify.rewriting import apply_plan, change_bits, copy_forecasts, remove_plan, share
-from revify.runtime import Step
+from revify.steps import Step
 
 
 def test_shared_copy_is_a_tree_of_its_own_with_the_same_tensors() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +19,7 @@ from revify import couplings
 from revify.algebra.formulas import Formula
 from revify.counting import count_memory
 from revify.couplings import additive, affine, damped, half, single, swapped
+from revify.rewinding import Rewind
 
 EXACT = (additive, swapped, single, half, damped)
 REFUSED = {
@@ -298,3 +301,24 @@ def test_the_inverse_of_the_whole_stage_is_exact() -> None:
     """What backward reconstructs is the stage's input, bit for bit: a wrong bit is a ReplayError."""
     model = split(lambda: zoo.PreNormBlocks(12), swapped)
     assert_same_gradients(model, (torch.randn(2, 5, 6) * 30,))
+
+
+def test_the_record_is_gone_after_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without help of the garbage collector: nothing holds itself."""
+    made: list[weakref.ref[Rewind]] = []
+
+    class Watched(Rewind):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("revify.chains.Rewind", Watched)
+    model = split(zoo.PreNormBlocks)
+    gc.disable()
+    try:
+        model(torch.randn(2, 5, 6)).sum().backward()
+        assert [record() for record in made] == [None]
+        model(torch.randn(2, 5, 6)).sum()
+        assert [record() for record in made] == [None, None]
+    finally:
+        gc.enable()
