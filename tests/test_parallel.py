@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import revify
 
+both_streams = pytest.mark.parametrize("options", [{"bits": 1}, {"streams": "split"}], ids=["full", "split"])
+
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
@@ -27,10 +30,11 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@both_streams
 @pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
 @pytest.mark.parametrize("kind", [zoo.DropoutAndDropPath, zoo.PostActivationBatchNorm, zoo.FrozenStart])
-def test_ddp(one_process: None, kind: type[zoo.Net], settings: dict[str, bool]) -> None:
-    model = converted(kind, bits=1)
+def test_ddp(one_process: None, kind: type[zoo.Net], settings: dict[str, bool], options: dict[str, Any]) -> None:
+    model = converted(kind, **options)
     x = inputs_of(model)
     expected = run(copy.deepcopy(model), x, plain=True)
     wrapped = DistributedDataParallel(model, **settings)
@@ -39,10 +43,11 @@ def test_ddp(one_process: None, kind: type[zoo.Net], settings: dict[str, bool]) 
         assert_same({n.replace("module.", ""): t for n, t in found.items()}, expected)
 
 
+@both_streams
 @pytest.mark.parametrize("root", [True, False])
 @pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.TwoAdditionsInABlock, zoo.FrozenMiddle])
-def test_fsdp_of_each_block(one_process: None, kind: type[zoo.Net], root: bool) -> None:
-    model = converted(kind, bits=1)
+def test_fsdp_of_each_block(one_process: None, kind: type[zoo.Net], root: bool, options: dict[str, Any]) -> None:
+    model = converted(kind, **options)
     x = inputs_of(model)
     expected = run(copy.deepcopy(model), x, plain=True)
     mesh = dist.init_device_mesh("cpu", (1,))
@@ -56,8 +61,9 @@ def test_fsdp_of_each_block(one_process: None, kind: type[zoo.Net], root: bool) 
         assert_same(local, expected)
 
 
-def test_fsdp_in_mixed_precision(one_process: None) -> None:
-    model = converted(zoo.PreNormBlocks, bits=1)
+@both_streams
+def test_fsdp_in_mixed_precision(one_process: None, options: dict[str, Any]) -> None:
+    model = converted(zoo.PreNormBlocks, **options)
     x = inputs_of(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for block in model.blocks:
@@ -131,9 +137,10 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
         assert out.decode().strip() == "equal"
 
 
+@both_streams
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_modules_inside_of_blocks(backend: str) -> None:
-    model = converted(zoo.TwoAdditionsInABlock, bits=1).eval()  # eager and compiled draw other numbers in dropout
+def test_compiled_modules_inside_of_blocks(backend: str, options: dict[str, Any]) -> None:
+    model = converted(zoo.TwoAdditionsInABlock, **options).eval()  # eager and compiled draw other numbers in dropout
     compiled = copy.deepcopy(model)
     for block in compiled.blocks:
         block.mlp.compile(backend=backend)
@@ -142,9 +149,10 @@ def test_compiled_modules_inside_of_blocks(backend: str) -> None:
     assert_same(run(compiled, x), run(compiled, x, plain=True))
 
 
-def test_compiled_whole() -> None:
+@both_streams
+def test_compiled_whole(options: dict[str, Any]) -> None:
     """The steps are hidden from the compiler; what lies around them is compiled."""
-    model = converted(zoo.DropoutAndDropPath, bits=1)
+    model = converted(zoo.DropoutAndDropPath, **options)
     x = inputs_of(model)
     expected = run(model, x, plain=True)
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
@@ -160,9 +168,10 @@ def test_compiled_models_are_refused(compile_part: object) -> None:
         revify.convert(compiled, model.example())
 
 
-def test_checkpointing_around_a_converted_model() -> None:
+@both_streams
+def test_checkpointing_around_a_converted_model(options: dict[str, Any]) -> None:
     """The outer checkpoint sees the whole stage run again, so it is of no use, but it does no harm."""
-    model = converted(zoo.DropoutAndDropPath, bits=1)
+    model = converted(zoo.DropoutAndDropPath, **options)
     x = inputs_of(model)
     expected = run(model, x, plain=True)
     model.zero_grad()
