@@ -115,7 +115,10 @@ class _Observer:
         self._storages: set[int] = set()
 
     def watch(self, model: nn.Module, example: Example) -> Observation:
-        owned = [*model.parameters(), *model.buffers()]
+        parameters = list(model.parameters())
+        if all(p.is_meta and not p.requires_grad for p in parameters):
+            model.requires_grad_(True)  # a frozen model: what would be saved once it is trained
+        owned = [*parameters, *model.buffers()]
         self._storages = {t.untyped_storage()._cdata for t in owned}
         handles = []
         for path, module in model.named_modules():

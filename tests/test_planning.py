@@ -164,3 +164,11 @@ def test_stages_are_those_of_the_survey(name: str) -> None:
     assert [len(stage.blocks) for stage in plan.stages] == SURVEY[name]
     assert plan.architecture == name
     assert plan.traced == "whole"
+
+
+def test_a_frozen_model_is_planned_as_it_would_be_trained() -> None:
+    model = zoo.PreNormBlocks()
+    expected = revify.plan(model, model.example())
+    model.requires_grad_(False)
+    assert revify.plan(model, model.example()) == expected
+    assert not any(p.requires_grad for p in model.parameters())
