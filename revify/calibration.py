@@ -12,6 +12,7 @@ Along the depth only three stream values an image are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,7 @@ TOLERANCE = 0.05  # relative change of the model's output that bits="auto" allow
 
 LOOK = 8  # images on which it is found what the output depends on
 SEEN = 2  # batches on which the deviation of the output is measured
+TRIALS = 12  # bits="auto": how often what one block may add to the deviation of the output is lowered
 
 Progress = Callable[[str], None]
 
@@ -151,19 +153,23 @@ def _settle_stage(
     """Calibrate one stage, at the bits that were asked for or at the fewest that are good enough."""
     allowed = request.tolerance * (number + 1) / len(plan.stages)
     stage = plan.stages[number]
-    asked = stage.bits if request.bits is None else request.bits
+    if isinstance(request.bits, int):
+        stage = stage.with_bits(request.bits)
     start = start_walks(plain, _upto(plan, number), fitted, stage, batches, survey)
-    for bits in range(MAX_BITS + 1) if request.bits == "auto" else (int(asked),):
-        trial, forecasts = _fit_stage(
-            plain, replace(stage, bits=bits), plan.grid, request, [replace(w) for w in start], survey.importance
-        )
+    damage = math.inf if request.bits == "auto" else None
+    for _ in range(TRIALS):
+        walks = [replace(walk) for walk in start]
+        trial, forecasts, worst = _fit_stage(plain, stage, plan.grid, request, walks, survey, damage)
         trial_plan = replace(plan, stages=(*plan.stages[:number], trial, *plan.stages[number + 1 :]))
         partial_model = apply_plan(plain, _upto(trial_plan, number + 1), forecasts={**fitted, **forecasts})
         seen = batches[:SEEN]
         found = deviation((partial_model(x) for x in seen), survey.outputs[: len(seen)])
-        request.progress(f"stage {number}: {trial.predictor}, {bits} bits, deviation of the output {found:.4f}")
-        if found <= allowed:
+        request.progress(
+            f"stage {number}: {trial.predictor}, {trial.bits_text} bits, deviation of the output {found:.4f}"
+        )
+        if damage is None or found <= allowed:
             break
+        damage = min(damage, worst) / 2
     settled = replace(trial, deviation=found)
     return replace(plan, stages=(*plan.stages[:number], settled, *plan.stages[number + 1 :])), forecasts
 
@@ -174,51 +180,84 @@ def _fit_stage(
     resolution: int,
     request: Request,
     walks: list[Walk],
-    importance: dict[str, Tensor],
-) -> tuple[StagePlan, Forecasts]:
-    """Walk the stage and fit each block's forecast; the walks end at the stage's output."""
+    survey: Survey,
+    damage: float | None,
+) -> tuple[StagePlan, Forecasts, float]:
+    """Walk the stage and fit each block's forecast; the walks end at the stage's output. Last the worst damage of a block.
+
+    With `damage`, each block gets the fewest bits at which it adds no more than that to the relative deviation of the
+    output, to first order: those that forecast badly, or matter much, get more (reverse water-filling).
+    """
     if stage.axis is None:
         raise RefusalError(
             f"stage {stage.blocks[0].path} …: its channel axis could not be found, so no predictor can be fitted per channel. "
             'Use predictor="identity" or "midpoint" for this model.'
         )
-    grid, gamma, axis = Grid(resolution), 2.0**-stage.bits, stage.axis
+    grid, axis = Grid(resolution), stage.axis
     channels = walks[0].z.shape[axis]
     forecasts: Forecasts = {}
+    worst = 0.0
     for index, planned in enumerate(stage.blocks):
         block = plain.get_submodule(planned.path)
         if index == 1:
             cost = _multiply_adds(block, planned, walks[0])
             stage = _with_form(stage, request.predictor, request.rank, channels, cost)
-        sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
-        images = 0
         for walk in walks:
             walk.t = grid.round(run_block(block, planned.stream, walk.z, walk.sides[planned.path]))
             walk.aim = run_block(block, planned.stream, walk.original, walk.sides[planned.path])
-            if index > 0:
-                goal = (walk.t + gamma * walk.older - walk.aim) / gamma - walk.z
-                weight = importance[planned.path]
-                for half, part in enumerate(sums):
-                    rows = slice((half + images) % 2, None, 2)
-                    x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
-                    part.add(x, by_position(goal[rows], axis), weight.repeat(len(x) // len(weight)))
-            images += len(walk.z)
+        following = [walk.t for walk in walks]
         if index > 0:
-            tensors = _forecast(sums, stage, channels, walks[0].z.device)
-            forecasts[planned.path] = tensors
-        for walk in walks:
-            assert walk.t is not None  # set above
-            assert walk.aim is not None
-            following = walk.t
-            if index > 0:
-                holder = nn.Module()
-                hold_forecast(holder, tensors)
-                forecast = make_predictor(stage.predictor, holder, axis, grid)
-                gap = walk.older - forecast.before(walk.z)
-                late = forecast.after(walk.t)
-                following, _ = step(walk.t, gap if late is None else gap - late, stage.bits, grid)
-            walk.older, walk.z, walk.original = walk.z, following, walk.aim
-    return stage, forecasts
+            importance = survey.importance[planned.path]
+            own = stage.bits if planned.bits is None else planned.bits
+            for bits in (own,) if damage is None else range(MAX_BITS + 1):
+                forecasts[planned.path], following = _fit_block(stage, bits, walks, importance.weights, grid)
+                added = _added_damage(walks, following, importance.energy, survey)
+                if damage is None or added <= damage:
+                    break
+            worst = max(worst, added)
+            if damage is not None:
+                blocks = (*stage.blocks[:index], replace(planned, bits=bits), *stage.blocks[index + 1 :])
+                stage = replace(stage, bits=0, blocks=blocks)
+        for walk, z in zip(walks, following, strict=True):
+            walk.older, walk.z, walk.original = walk.z, z, walk.aim
+    return stage, forecasts, worst
+
+
+def _fit_block(
+    stage: StagePlan, bits: int, walks: list[Walk], weights: Tensor, grid: Grid
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The tensors of one block's forecast at these bits, and the stream values that follow."""
+    assert stage.axis is not None  # the caller asked
+    axis, gamma = stage.axis, 2.0**-bits
+    channels = walks[0].z.shape[axis]
+    sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
+    images = 0
+    for walk in walks:
+        goal = (walk.t + gamma * walk.older - walk.aim) / gamma - walk.z
+        for half, part in enumerate(sums):
+            rows = slice((half + images) % 2, None, 2)
+            x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
+            part.add(x, by_position(goal[rows], axis), weights.repeat(len(x) // len(weights)))
+        images += len(walk.z)
+    tensors = _forecast(sums, stage, channels, walks[0].z.device)
+    holder = nn.Module()
+    hold_forecast(holder, tensors)
+    forecast = make_predictor(stage.predictor, holder, axis, grid)
+    following: list[Tensor] = []
+    for walk in walks:
+        gap, late = walk.older - forecast.before(walk.z), forecast.after(walk.t)
+        following.append(step(walk.t, gap if late is None else gap - late, bits, grid)[0])
+    return tensors, following
+
+
+def _added_damage(walks: list[Walk], following: list[Tensor], energy: float, survey: Survey) -> float:
+    """The relative deviation of the output that a step adds to what the steps before it did, to first order."""
+    left = came = 0.0
+    for walk, z in zip(walks, following, strict=True):
+        left += float((z - walk.aim).double().square().sum())
+        came += float((walk.t - walk.aim).double().square().sum())
+    size = sum(float(first_of(y).double().square().sum()) for y in survey.outputs)
+    return (energy / max(size, 1e-30)) ** 0.5 * (left**0.5 - came**0.5)
 
 
 def _forecast(sums: list[Sums], stage: StagePlan, channels: int, device: torch.device) -> dict[str, Tensor]:

@@ -221,7 +221,7 @@ def _change(
 ) -> None:
     """Go on with other bits, in place: the optimizer and Accelerate's wrappers hold on to the model."""
     old: Plan = model.revify_plan  # type: ignore[assignment]  # nn.Module promises a Tensor or a Module
-    plan = replace(old, stages=tuple(replace(stage, bits=bits, deviation=None) for stage in old.stages))
+    plan = replace(old, stages=tuple(replace(stage.with_bits(bits), deviation=None) for stage in old.stages))
     if fit and recipe.calibrate:
         images = calibration_images(data, recipe.calibrate, created.model, created.input_size)
         fitted = calibrate(model, images, predictor=recipe.predictor or "auto", bits=bits)

@@ -185,7 +185,7 @@ def _forms(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None) -> t
         for form in forms:
             form.train()
     blocks = sum(len(stage.blocks) for stage in used.stages)
-    couplings = sorted({stage.coupling or f"{stage.predictor}, {stage.bits} bits" for stage in used.stages})
+    couplings = sorted({stage.coupling or f"{stage.predictor}, {stage.bits_text} bits" for stage in used.stages})
     made = f"{blocks} blocks, {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
     return forms, ["ordinary autograd", method, made]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from revify.blocks import Refusal
@@ -46,6 +46,7 @@ class BlockPlan:
         inputs: where it is cut, which of its arguments are tensors.
         result: which of several results is the stream, None where the block returns one tensor.
         halves: where the stage is split into two streams, its branches.
+        bits: residue bits per element of each of its steps, None where they are those of the stage.
     """
 
     path: str
@@ -57,6 +58,7 @@ class BlockPlan:
     inputs: tuple[int | str, ...] = ()
     result: int | None = None
     halves: tuple[BranchPlan, ...] = ()
+    bits: int | None = None
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ class StagePlan:
         shape: of the stream in the example, batch first.
         dtype: of the stream in the plain model.
         stream_bytes: of one stream value.
-        bits: residue bits per element and step, 0…8.
+        bits: residue bits per element and step, 0…8, of the blocks that say nothing else.
         predictor: of the previous stream value.
         random_sign: γ = ±2^-b at random for each sample and step in training, and the plain blocks in eval mode.
         axis: which axis of the stream is the channels', None where that could not be found.
@@ -109,8 +111,26 @@ class StagePlan:
         """What the reversible stage holds: two stream values and the packed residues."""
         if self.coupling:
             return self.stream_bytes
-        residue = self.stream_bytes // (8 if self.dtype == "float64" else 4) * self.bits // 8
-        return 2 * self.stream_bytes + (len(self.steps) - 1) * residue
+        elements = self.stream_bytes // (8 if self.dtype == "float64" else 4)
+        return 2 * self.stream_bytes + sum(elements * bits // 8 for bits in self.step_bits[1:])
+
+    def with_bits(self, bits: int) -> StagePlan:
+        """The same with these bits in every step."""
+        return replace(self, bits=bits, blocks=tuple(replace(block, bits=None) for block in self.blocks))
+
+    @property
+    def step_bits(self) -> tuple[int, ...]:
+        """The residue bits of its steps; the first step needs none."""
+        own = [self.bits if block.bits is None else block.bits for block in self.blocks]
+        return tuple(bits for block, bits in zip(self.blocks, own, strict=True) for _ in block.steps)
+
+    @property
+    def bits_text(self) -> str:
+        """The bits as text: one number, or the mean over the coupled steps with the range."""
+        coupled = self.step_bits[1:]
+        if len(set(coupled)) == 1:
+            return str(coupled[0])
+        return f"{sum(coupled) / len(coupled):.2g} ({min(coupled)}–{max(coupled)})"
 
     @property
     def largest_block_bytes(self) -> int:

@@ -141,7 +141,7 @@ def _install(
 
 
 def _rule(stage: StagePlan, resolution: int) -> StageRule:
-    return StageRule(stage.steps, stage.bits, Grid(resolution), stage.random_sign)
+    return StageRule(stage.steps, stage.step_bits, Grid(resolution), stage.random_sign)
 
 
 def _steps(block: nn.Module) -> tuple[Step, ...]:

@@ -60,13 +60,13 @@ class StageRule:
 
     Args:
         names: the blocks' paths, in order.
-        bits: residue bits b; the gain is γ = 2^-b.
+        bits: residue bits b of each step; the gain is γ = 2^-b.
         grid: the grid of the stream.
         random_sign: γ = ±2^-b at random for each sample and step while training, and no coupling at all in eval mode.
     """
 
     names: tuple[str, ...]
-    bits: int
+    bits: tuple[int, ...]
     grid: Grid
     random_sign: bool = False
 
@@ -194,7 +194,7 @@ class Tape:
             differs = (newer != t).any() if index == 0 else checksum(t) != self._first_output
             self._repeats.note(self.rule.names[index], differs)
             return
-        gap = unstep(newer, t, entry.residue, self.rule.bits, self.rule.grid, entry.sign)
+        gap = unstep(newer, t, entry.residue, self.rule.bits[index], self.rule.grid, entry.sign)
         del newer, t
         entry.residue = None
         if late is not None:
@@ -213,7 +213,7 @@ class Tape:
         gap = older - forecast
         if late is not None:
             gap -= late
-        value, entry.residue = step(t, gap, self.rule.bits, self.rule.grid, entry.sign)
+        value, entry.residue = step(t, gap, self.rule.bits[index], self.rule.grid, entry.sign)
         following = self._entries.get(index + 1)
         value = with_strides(value, following.stride if following else value.stride())
         self._older, self._newer = self._newer, Value(value, None)

@@ -105,7 +105,7 @@ class Step:
             gap, t, late, others = self._branch(z, older, sign, branch_dtype, *args, **kwargs)
         value, residue = t, None
         if older is not None:
-            value, residue = Join.apply(t, gap, late, self.rule.bits, self.rule.grid, sign)
+            value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign)
             tape.observe(self.index, gap)
             if late is not None:
                 tape.observe(self.index, gap.detach() - late.detach())
@@ -132,7 +132,7 @@ class Step:
         first = self.index == 0
         forecast = z if first else self.predictor.before(z)
         if older is not None:
-            forecast = Gap.apply(older, forecast, self.rule.bits, sign)
+            forecast = Gap.apply(older, forecast, self.rule.bits[self.index], sign)
         if isinstance(self.stream, int):
             args = (*args[: self.stream], z.to(branch_dtype), *args[self.stream + 1 :])
         else:

@@ -1,7 +1,7 @@
 """What calibration must see of a model: the original's trajectory, what enters each stage, and which positions matter.
 
 survey_original   one pass of the plain model: outputs, what enters each stage, the blocks' side inputs
-find_importance   how much the model's output depends on each position of each block's output
+find_importance   how much the model's output depends on each block's output, and on each position of it
 start_walks       every batch at the entrance of a stage, in the converted model so far and in the original
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,13 +35,13 @@ class Survey:
         outputs: what it returns.
         arrived: what enters each stage, by the path of its first block.
         sides: the arguments of each block besides the stream, by path.
-        importance: how much each position of each block's output counts, by path, flat, 1 on average.
+        importance: how much each block's output counts, by path.
     """
 
     outputs: list[Any]  # Any: models return what they like
     arrived: list[dict[str, Tensor]]
     sides: list[dict[str, Side]]
-    importance: dict[str, Tensor]
+    importance: dict[str, Importance]
 
 
 @dataclass(slots=True)
@@ -61,11 +61,24 @@ class Walk:
     z: Tensor
     original: Tensor
     sides: dict[str, Side]
-    t: Tensor | None = None
-    aim: Tensor | None = None
+    t: Tensor = field(default_factory=lambda: torch.empty(0))
+    aim: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Tensor]) -> Survey:
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How much the model's output depends on the output of one block.
+
+    Args:
+        weights: of its positions, about 1 on average.
+        energy: mean square of the gradient, per element.
+    """
+
+    weights: Tensor
+    energy: float
+
+
+def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Importance]) -> Survey:
     """One pass of the original over the data: its outputs, what enters each stage, and the blocks' other arguments."""
     paths = [planned.path for stage in plan.stages for planned in stage.blocks]
     entrances = {stage.blocks[0].path for stage in plan.stages}
@@ -89,8 +102,11 @@ def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importa
     return survey
 
 
-def find_importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Tensor]:
-    """How much the output depends on each position of each block's output, through the memory-free backward."""
+def find_importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Importance]:
+    """How much the output depends on each block's output, through the memory-free backward.
+
+    For random signs v of the outputs, v·∂y/∂z has the mean square |∂y/∂z·δ|² for a deviation δ without a direction.
+    """
     planned = {block.path: stage for stage in plan.stages for block in stage.blocks}
     grads: dict[str, Tensor] = {}
 
@@ -113,10 +129,11 @@ def find_importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Te
         size = 1
         for axis, length in enumerate(stage.shape):
             size *= 1 if axis in (0, stage.axis) else length
-        found[path] = torch.ones(size)
+        found[path] = Importance(torch.ones(size), 0.0)
         if path in grads and stage.axis is not None:
             energy = by_position(grads[path].square(), stage.axis).sum(1).view(len(x), -1).mean(0).double()
-            found[path] = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
+            weights = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
+            found[path] = Importance(weights, float(grads[path].double().square().mean()))
     return found
 
 

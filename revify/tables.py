@@ -37,7 +37,7 @@ def draw_plan(plan: Plan) -> str:
             "×".join(map(str, stage.shape[1:])),
             ", ".join(sorted({b.shortcut for b in stage.blocks})),
             stage.coupling or (f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor),
-            str(stage.bits),
+            stage.bits_text,
             "–" if stage.deviation is None else f"{stage.deviation:.4f}",
             f"{stage.saved_bytes / 2**20:.1f}",
             f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import zoo
+from asserts import assert_same_gradients
 from torch import Tensor, nn
 
 import revify
@@ -115,15 +117,45 @@ def test_auto_bits_are_the_fewest_within_the_tolerance(model: nn.Module, images:
     converted = revify.convert(model, images, calibration=images, predictor="diagonal", bits="auto")
     loose = revify.calibrate(converted, images, predictor="diagonal", bits="auto", tolerance=0.2)
     tight = revify.calibrate(converted, images, predictor="diagonal", bits="auto", tolerance=0.01)
-    assert loose.revify_plan.stages[0].bits < tight.revify_plan.stages[0].bits
+    assert sum(loose.revify_plan.stages[0].step_bits) < sum(tight.revify_plan.stages[0].step_bits)
     for calibrated, tolerance in ((loose, 0.2), (tight, 0.01)):
         stage = calibrated.revify_plan.stages[0]
         assert stage.deviation == pytest.approx(change(model, calibrated, images), rel=1e-3)
         assert stage.deviation <= tolerance
-        if stage.bits:
-            fewer = revify.calibrate(converted, images, predictor="diagonal", bits=stage.bits - 1)
+        fewest = min(stage.step_bits[1:])
+        if fewest:  # no fewer bits in all blocks are enough
+            fewer = revify.calibrate(converted, images, predictor="diagonal", bits=fewest - 1)
             assert change(model, fewer, images) > tolerance
-    assert "deviation" in str(tight.revify_plan)
+
+
+def test_auto_bits_go_to_the_blocks_that_forecast_badly() -> None:
+    """A block that changes the stream by something that no predictor of one value can tell, among quiet ones."""
+
+    class Quiet(zoo.Mlp):
+        def __init__(self) -> None:
+            super().__init__(8)
+            with torch.no_grad():
+                self.down.weight *= 0.01
+
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = [Quiet() for _ in range(8)]
+    with torch.no_grad():
+        blocks[3].down.weight *= 300
+    model, x = nn.Sequential(*blocks), torch.randn(64, 5, 8)
+    start = revify.calibrate(revify.convert(model, x, grid=15), x, predictor="diagonal", bits=0)
+    tolerance = start.revify_plan.stages[0].deviation / 3
+    converted = revify.calibrate(start, x, predictor="diagonal", bits="auto", tolerance=tolerance)
+    (stage,) = converted.revify_plan.stages
+    most = max(stage.step_bits[1:])
+    assert stage.step_bits[4] == most > min(stage.step_bits[1:]) == 0  # the step after it has to forecast its input
+    assert "(0–" in str(converted.revify_plan)
+    assert_same_gradients(converted, (x,))
+    again = revify.Plan.from_json(converted.revify_plan.to_json())
+    assert again == converted.revify_plan
+    uniform = revify.calibrate(converted, x, predictor="diagonal", bits=2)
+    assert uniform.revify_plan.stages[0].step_bits == (2,) * 8
+    kept = revify.calibrate(converted, x, predictor="diagonal")
+    assert kept.revify_plan.stages[0].step_bits == stage.step_bits
 
 
 def test_batches_may_come_one_by_one_with_labels(model: nn.Module, images: Tensor) -> None:
