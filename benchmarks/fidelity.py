@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56", "vit_small"])
     parser.add_argument("--predictors", nargs="+", default=list(PREDICTORS))
     parser.add_argument("--bits", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--tolerances", nargs="*", type=float, default=[], help='also bits="auto" with each of these')
     parser.add_argument("--calibrate", type=int, default=256, help="calibration images")
     parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--threads", type=int, default=2)
@@ -71,21 +72,25 @@ def main() -> int:
         original = score(model)
         results.row(name, "–", "original", "–", original, 1.0, 0)
         for predictor in args.predictors:
-            for bits in args.bits:
+            fitted = predictor not in FIXED
+            for asked in [*args.bits, *(args.tolerances if fitted else [])]:
+                bits = asked if isinstance(asked, int) else 0
                 start = time.perf_counter()
-                fitted = predictor not in FIXED
                 converted = revify.convert(
                     model, images[:2], predictor="identity" if fitted else predictor, bits=bits, grid=10
                 )
                 if fitted:
-                    converted = revify.calibrate(converted, images, predictor=predictor)
+                    free = {"bits": "auto", "tolerance": asked} if asked is not bits else {"bits": bits}
+                    converted = revify.calibrate(converted, images, predictor=predictor, **free)
                 seconds = time.perf_counter() - start
                 try:
                     value = score(converted.eval())
                 except revify.GridRangeError:
                     value = float("nan")  # the stream ran away: no function is left to measure
                 form = converted.revify_plan.stages[-1].predictor
-                results.row(name, predictor, form, bits, value, value / original, round(seconds))
+                coupled = [b for stage in converted.revify_plan.stages for b in stage.step_bits[1:]]
+                mean = sum(coupled) / len(coupled)
+                results.row(name, predictor, form, mean, value, value / original, round(seconds))
                 results.write()
     draw(results, args.models)
     return results.write()
@@ -100,8 +105,8 @@ def draw(results: Results, models: list[str]) -> None:
         axes = figure.add_subplot(1, len(models), place, title=model, xlabel="residue bits", ylabel="of the original")
         rows = [row for row in results.rows if row["model"] == model and row["predictor"] != "–"]
         for predictor in dict.fromkeys(row["predictor"] for row in rows):
-            points = [(row["bits"], row["of original"]) for row in rows if row["predictor"] == predictor]
-            axes.plot(*zip(*points, strict=True), marker="o", label=predictor)
+            points = sorted((row["bits"], row["of original"]) for row in rows if row["predictor"] == predictor)
+            axes.plot(*zip(*points, strict=True), marker="o", label=predictor, linewidth=1)
         axes.legend(fontsize="small")
     figure.savefig(RESULTS / f"{results.name}.png", dpi=100)
 

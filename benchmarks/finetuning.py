@@ -66,7 +66,7 @@ class Method:
 
     Args:
         predictor: None leaves it plain.
-        bits: residue bits.
+        bits: residue bits; "auto" for the fewest in each block that keep the output within TOLERANCE.
         refits: (share of the steps, bits): when the predictors are fitted again, and the bits from then on.
         random_sign: BDIA's.
         checkpointed: the plain model with per-block checkpointing.
@@ -74,7 +74,7 @@ class Method:
     """
 
     predictor: str | None = None
-    bits: int = 0
+    bits: int | str = 0
     refits: tuple[tuple[float, int], ...] = ()
     random_sign: bool = False
     checkpointed: bool = False
@@ -92,19 +92,21 @@ class Method:
                 model,
                 images[:2],
                 predictor=self.predictor,
-                bits=self.bits,
+                bits=int(self.bits),
                 grid=self.grid,
                 random_sign=self.random_sign,
             )
         return self.refit(revify.convert(model, images[:2], grid=self.grid), subject, self.bits)
 
-    def refit(self, model: nn.Module, subject: Subject, bits: int) -> nn.Module:
+    def refit(self, model: nn.Module, subject: Subject, bits: int | str) -> nn.Module:
         """The model with predictors fitted to its present weights."""
         images = subject.train[0][: subject.calibrate]
-        return revify.calibrate(model, images, predictor=self.predictor or "auto", bits=bits)
+        predictor = self.predictor or "auto"
+        return revify.calibrate(model, images, predictor=predictor, bits=bits, tolerance=TOLERANCE)
 
 
 CALIBRATED = ("linear", "diagonal")
+TOLERANCE = 0.2
 METHODS = {
     "plain": Method(),
     "checkpointed": Method(checkpointed=True),
@@ -113,6 +115,8 @@ METHODS = {
     "linear, 0 → 0 → 4": Method("linear", 0, refits=((0.15, 0), (0.3, 0), (0.5, 4))),
     "linear, 4 → 0 bits": Method("linear", 4, refits=((0.5, 0),)),
     "identity, 4 bits": Method("identity", 4),
+    "linear, auto bits": Method("linear", "auto"),
+    "linear, auto → 4 bits": Method("linear", "auto", refits=((0.5, 4),)),
     "linear, 1 bit": Method("linear", 1),
     "linear, 2 bits": Method("linear", 2),
     "diagonal, 2 bits": Method("diagonal", 2),
@@ -251,7 +255,7 @@ def main() -> int:
     parser.add_argument("--name", default="finetuning", help="of the result files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    columns = {"network": 9, "method": 18, "seed": 4, "accuracy": 8, "reverted": 8, "peak MiB": 8, "step s": 8}
+    columns = {"network": 9, "method": 21, "seed": 4, "accuracy": 8, "reverted": 8, "peak MiB": 8, "step s": 8}
     results = Results(args.name, columns)
     for name in args.subjects:
         subject = SUBJECTS[name]()
@@ -292,7 +296,7 @@ def summarise(results: Results, name: str, methods: list[str]) -> None:
         score, reverted = mean(method, "accuracy"), mean(method, "reverted")
         reference = mean("plain", "accuracy") if "plain" in methods else float("nan")
         results.say(
-            f"{method:18}  converted {100 * score:.2f} % ({100 * (score - reference):+.2f}), "
+            f"{method:21}  converted {100 * score:.2f} % ({100 * (score - reference):+.2f}), "
             f"reverted {100 * reverted:.2f} % ({100 * (reverted - reference):+.2f}), peak {mean(method, 'peak MiB'):.1f} MiB"
             + (f", step {mean(method, 'step s') / mean('plain', 'step s'):.2f}×" if "plain" in methods else "")
         )
