@@ -87,8 +87,8 @@ def calibrate(
         data: one batch of input [n, …], or an iterable of batches; of a tuple the first element is taken.
         predictor: "diagonal" (per channel, on z and T(z)), "lowrank", "linear_z" (C×C on z), "linear" (C×C on z and on
             T(z)), or "auto": the richest that costs at most a tenth of its block's multiply-adds.
-        bits: residue bits for all stages; "auto" for the fewest per stage that stay within the tolerance; None to keep
-            those of the model's plan.
+        bits: residue bits for all blocks; "auto" for the fewest in each block that stay within the tolerance; None to
+            keep those of the model's plan.
         rank: of "lowrank"; None for the largest whose cost is a tenth of the block's.
         tolerance: for bits="auto", the relative error of the model's output on the data.
         trainable: hold what was fitted as parameters instead of buffers.

@@ -129,7 +129,7 @@ def convert(
         calibration: images for `calibrate`, which fits the predictors; a batch [n, …] or an iterable of batches.
         predictor: "identity" (the default) or "midpoint"; with calibration one of `calibrate`'s, by default "auto".
         bits: residue bits per element and step, 0…8, by default 4; with calibration also "auto", then the default: the
-            fewest per stage that keep the model's output.
+            fewest in each block that keep the model's output.
         grid: as for `plan`.
         transitions: as for `plan`.
         random_sign: as for `plan`; not with calibration.
