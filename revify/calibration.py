@@ -197,6 +197,7 @@ def _fit_stage(
     channels = walks[0].z.shape[axis]
     forecasts: Forecasts = {}
     worst = 0.0
+    size = max(sum(float(first_of(y).double().square().sum()) for y in survey.outputs), 1e-30) ** 0.5
     for index, planned in enumerate(stage.blocks):
         block = plain.get_submodule(planned.path)
         if index == 1:
@@ -211,11 +212,13 @@ def _fit_stage(
             own = stage.bits if planned.bits is None else planned.bits
             for bits in (own,) if damage is None else range(MAX_BITS + 1):
                 forecasts[planned.path], following = _fit_block(stage, bits, walks, importance.weights, grid)
-                added = _added_damage(walks, following, importance.energy, survey)
-                if damage is None or added <= damage:
+                if damage is None:
                     break
-            worst = max(worst, added)
+                added = _added_damage(walks, following, importance.energy) / size
+                if added <= damage:
+                    break
             if damage is not None:
+                worst = max(worst, added)
                 blocks = (*stage.blocks[:index], replace(planned, bits=bits), *stage.blocks[index + 1 :])
                 stage = replace(stage, bits=0, blocks=blocks)
         for walk, z in zip(walks, following, strict=True):
@@ -250,14 +253,13 @@ def _fit_block(
     return tensors, following
 
 
-def _added_damage(walks: list[Walk], following: list[Tensor], energy: float, survey: Survey) -> float:
-    """The relative deviation of the output that a step adds to what the steps before it did, to first order."""
+def _added_damage(walks: list[Walk], following: list[Tensor], energy: float) -> float:
+    """The deviation of the output that a step adds to what the steps before it did, to first order."""
     left = came = 0.0
     for walk, z in zip(walks, following, strict=True):
         left += float((z - walk.aim).double().square().sum())
         came += float((walk.t - walk.aim).double().square().sum())
-    size = sum(float(first_of(y).double().square().sum()) for y in survey.outputs)
-    return (energy / max(size, 1e-30)) ** 0.5 * (left**0.5 - came**0.5)
+    return energy**0.5 * (left**0.5 - came**0.5)
 
 
 def _forecast(sums: list[Sums], stage: StagePlan, channels: int, device: torch.device) -> dict[str, Tensor]:

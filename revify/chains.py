@@ -25,13 +25,13 @@ from revify.errors import RefusalError
 from revify.layers import Layer
 from revify.links import Link, split_stream, take_link
 from revify.parts import Turn
-from revify.plans import CUT, WHOLE, BlockPlan
+from revify.plans import CUT, WHOLE, BlockPlan, StagePlan
 from revify.predictors import PREFIX
 from revify.replay import version
 from revify.rewinding import Rewind
 from revify.runtime import saves_nothing
-from revify.segments import BranchCode, find_branches, with_stream
-from revify.stream import Resume, stream_dtype
+from revify.segments import BranchCode, Segment, find_branches, with_stream
+from revify.stream import Grid, Resume, stream_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,20 @@ class ChainRule:
         names: the blocks' paths, in order.
         axis: of the channels.
         channels: how many there are.
-        grid: resolution q of the streams' grid, where the coupling is exact on it.
+        grid: of the streams, where every part of the coupling is exact on it; None for floats.
     """
 
     names: tuple[str, ...]
     axis: int
     channels: int
-    grid: int
+    grid: Grid | None
+
+    @classmethod
+    def of(cls, stage: StagePlan, order: tuple[Turn, ...], resolution: int) -> ChainRule:
+        """The rule of a planned stage, whose branches have these turns."""
+        assert stage.axis is not None  # only stages with a known axis are split
+        grid = common_grid((turn.part for turn in order), resolution)
+        return cls(tuple(block.path for block in stage.blocks), stage.axis, stage.shape[stage.axis], grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +99,14 @@ class Branch(nn.Module):
     def forward(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """f of a half of the channels, in the type it is given; with w·f before it where the coupling scales."""
         if self.code is not None and self.code.activation is not None and self.activated:
-            z = self._run(self.code.activation, z.clone(), args, kwargs)  # it may work in place
+            z = self.run(self.code.activation, z.clone(), args, kwargs)  # it may work in place
         if self.lifted:
             z = self._widened(z)
         if self.code is None:
             given, named = with_stream(self.stream, z, args, kwargs)
             f = type(self.block).forward(self.block, *given, **named) - z
         else:
-            f = self._run(self.code.run, z, args, kwargs)
+            f = self.run(self.code.run, z, args, kwargs)
         if self.lifted:
             part = half_range(self.turn.gives, self.rule.channels)
             f = f.narrow(self.rule.axis, part.start, part.stop - part.start)
@@ -108,7 +115,8 @@ class Branch(nn.Module):
         weight: Tensor = getattr(self.block, self.scale)
         return weight.to(f.dtype).view(-1, *(1,) * (f.dim() - self.rule.axis - 1)) * f, f
 
-    def _run(self, code: Any, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def run(self, code: Segment, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A part of the block's code on z."""
         given, named = with_stream(self.stream, z, args, kwargs)
         result: Tensor = code(self.block, *given, **named)
         return result
@@ -171,8 +179,7 @@ class Chained:
             assert isinstance(link.tape, Chain)  # a rule belongs to the blocks of one stage
             if link.tape.rewind.recorded == saves_nothing():
                 return link.tape, z
-        couplings = (branch.turn.part for branch in self.branches)
-        numbers = Numbers(common_grid(couplings, self.rule.grid), branch_dtype)
+        numbers = Numbers(self.rule.grid, branch_dtype)
         return Chain(self.rule, Rewind(numbers, recorded=saves_nothing())), z
 
     def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,9 +195,7 @@ class Chained:
         code = self.branches[-1].code
         if code is None or code.activation is None:
             return y
-        given, named = with_stream(self.stream, y, args, kwargs)
-        activated: Tensor = code.activation(self.block, *given, **named)
-        return activated
+        return self.branches[-1].run(code.activation, y, args, kwargs)
 
 
 def make_branches(

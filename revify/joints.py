@@ -75,7 +75,7 @@ def find_joints(x: fx.Node, y: fx.Node, modules: dict[str, nn.Module]) -> tuple[
     return tuple(joints)
 
 
-def find_cuts(graph: fx.Graph, x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+def find_ends(graph: fx.Graph, x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     """x, the additions that part the segments, y; or nothing where there is only one segment."""
     y = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(y, fx.Node) or has_side_effects(graph):

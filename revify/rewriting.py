@@ -154,12 +154,13 @@ def _install_halves(model: nn.Module, stage: StagePlan, resolution: int) -> None
     """Cut the blocks of a split stage, and let their branches run between its halves."""
     assert stage.axis is not None  # only stages with a known axis are split
     channels = stage.shape[stage.axis]
-    rule = ChainRule(tuple(block.path for block in stage.blocks), stage.axis, channels, resolution)
-    order = iter(turns(find_coupling(stage.coupling), len(stage.steps)))
+    order = turns(find_coupling(stage.coupling), len(stage.steps))
+    rule = ChainRule.of(stage, order, resolution)
+    rest = iter(order)
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)
         apply_cuts(module, tuple(cut for half in block.halves for cut in half.cuts), channels)
-        own = tuple(next(order) for _ in block.halves)
+        own = tuple(next(rest) for _ in block.halves)
         branches = make_branches(module, block, rule, index, own)
         module.forward = Chained(module, rule, index, branches, block.stream)
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from revify.blocks import dependent_on
 from revify.errors import StreamError
-from revify.joints import Joint, find_cuts, find_joints, has_side_effects
+from revify.joints import Joint, find_ends, find_joints, has_side_effects
 from revify.tracing import meta_copy
 
 
@@ -118,7 +118,7 @@ def find_segments(block: nn.Module, stream: int | str, given: Collection[int | s
     reading = _read(block, stream, given)
     if reading is None:
         return ()
-    ends = list(pairwise(find_cuts(reading.graph, reading.x, reading.modules)))
+    ends = list(pairwise(find_ends(reading.graph, reading.x, reading.modules)))
     parts = [_between(reading.graph, reading.x, start, end) for start, end in ends]
     if any(part is None for part in parts):
         return ()

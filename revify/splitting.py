@@ -143,7 +143,7 @@ def _proven(
     def work(copied: nn.Module, given: Example) -> tuple[StagePlan, ...]:
         trials: list[list[_Trial]] = []
         for stage, order in zip(stages, orders, strict=True):
-            rest, rule = iter(order), _rule(stage, grid)
+            rest, rule = iter(order), ChainRule.of(stage, order, grid)
             trials.append([])
             for index, block in enumerate(stage.blocks):
                 own = tuple(next(rest) for _ in block.halves)
@@ -156,11 +156,6 @@ def _proven(
         )
 
     return run_copy(model, example, work)
-
-
-def _rule(stage: StagePlan, grid: int) -> ChainRule:
-    assert stage.axis is not None  # else it was refused
-    return ChainRule(tuple(b.path for b in stage.blocks), stage.axis, stage.shape[stage.axis], grid)
 
 
 @dataclass(slots=True)
