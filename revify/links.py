@@ -29,7 +29,16 @@ class Recorded(Protocol):
         """Of the stage."""
 
 
-class Link:
+class Rider:
+    """Rides on a value within one forward pass. Of a value that is saved or copied, nothing (an empty set) comes along."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
+        return set, ()  # None has no name that torch.load(weights_only=True) knows
+
+
+class Link(Rider):
     """Rides on a stream value on its way from one block to the next.
 
     Args:
@@ -44,9 +53,6 @@ class Link:
     def __init__(self, tape: Recorded, index: int, older: Tensor | None, newest: Tensor | None, version: int) -> None:
         self.tape, self.index, self.older, self.newest, self.version = tape, index, older, newest, version
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a value that is saved or copied leaves its forward pass
-
 
 def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
     """The link that rides on the input of block `index`; None for the first block of a stage.
@@ -54,9 +60,9 @@ def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
     Raises:
         StreamError: the input is not what the block before it returned.
     """
-    link: Link | None = x.__dict__.pop("revify_link", None)
+    link: Link | None = x.__dict__.pop("revify_link", None) or None
     if link is None and x._base is not None and _same_place(x, x._base):
-        link = x._base.__dict__.pop("revify_link", None)  # FSDP and backward hooks hand on an alias
+        link = x._base.__dict__.pop("revify_link", None) or None  # FSDP and backward hooks hand on an alias
     name = rule.names[index]
     if link is not None and (link.tape.rule is not rule or link.index != index):
         came_from = link.tape.rule.names[link.index - 1]

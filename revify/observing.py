@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class TensorInput:
         shape: its shape.
         dtype: its type.
         changed: whether the call changed it in place.
+        bytes: of the memory that it keeps, which for a view is all that it is a view of.
     """
 
     argument: int | str
@@ -39,6 +40,7 @@ class TensorInput:
     shape: tuple[int, ...]
     dtype: torch.dtype
     changed: bool
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class _Observer:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = tuple(
-            TensorInput(argument, self._key(value), tuple(value.shape), value.dtype, False)
+            TensorInput(argument, self._key(value), tuple(value.shape), value.dtype, False, _kept_bytes(value))
             for argument, value in _arguments(args, kwargs)
         )
         self._open.append((self._started, self._saved, inputs))
@@ -145,10 +147,7 @@ class _Observer:
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             order, saved, before = self._open.pop()
             now = [self._key(value) for _, value in _arguments(args, kwargs)]
-            inputs = tuple(
-                TensorInput(i.argument, i.key, i.shape, i.dtype, i.key != key)
-                for i, key in zip(before, now, strict=True)
-            )
+            inputs = tuple(replace(i, changed=i.key != key) for i, key in zip(before, now, strict=True))
             one = isinstance(output, Tensor)
             several = enumerate(output) if isinstance(output, tuple | list) else ()
             results = tuple(
@@ -184,6 +183,13 @@ class _Observer:
             self._storages.add(storage._cdata)
             self._alive.append(tensor)
             self._saved += storage.nbytes()
+
+
+def _kept_bytes(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().nbytes()
+    except NotImplementedError:  # sparse: an input that no stage can be made of
+        return tensor.numel() * tensor.element_size()
 
 
 def _unread(kept: None) -> Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from revify.blocks import find_blocks
-from revify.observing import Observation, observe
-from revify.plans import BlockPlan, CheckpointPlan, Plan, StagePlan
+from revify.observing import observe
+from revify.plans import BlockPlan, Plan, StagePlan
 from revify.recording import follow
-from revify.refusals import find_refusals, parents
+from revify.refusals import find_refusals
 from revify.stages import Stage, channel_axis, group_stages
 from revify.tracing import Example, tensors_of
-
-WORTH_A_RERUN = 0.005  # of the model's saved bytes, that checkpointing a module outside of the stages must save
+from revify.transitions import find_checkpoints
 
 
 def make_plan(
@@ -43,7 +42,7 @@ def make_plan(
     stages = group_stages(blocks, graph)
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else None
-    return Plan(
+    plan = Plan(
         model=type(model).__name__,
         architecture=architecture,
         example=tuple(tuple(x.shape) for x in tensors_of(example)),
@@ -52,11 +51,14 @@ def make_plan(
         stages=tuple(
             _stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages
         ),
-        checkpointed=_transitions(observation, stages) if stages and transitions == "checkpoint" else (),
+        checkpointed=(),
         refusals=find_refusals(observation, graph, blocks, stages, modules),
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
+    if stages and transitions == "checkpoint":
+        plan = replace(plan, checkpointed=find_checkpoints(observation, stages, plan))
+    return plan
 
 
 def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> StagePlan:
@@ -75,30 +77,3 @@ def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> St
         predictor=predictor,
         axis=axis,
     )
-
-
-def _transitions(observation: Observation, stages: tuple[Stage, ...]) -> tuple[CheckpointPlan, ...]:
-    """The largest modules without a stage in them that hold much more than their inputs: what pays."""
-    inside = {b.call.path for stage in stages for b in stage.blocks}
-    above = {parent for path in inside for parent in parents(path)} | {""}
-    counts = Counter(call.path for call in observation.calls)
-    found: list[CheckpointPlan] = []
-    for call in observation.calls:
-        called = [parent for parent in parents(call.path) if counts[parent]]
-        largest = call.path not in inside | above and above.issuperset(called)
-        simple = (
-            (call.output is not None or call.results)
-            and counts[call.path] == 1
-            and not any(i.changed for i in call.inputs)
-        )
-        if largest and simple:
-            held = sum(_bytes(i.shape, i.dtype.itemsize) for i in call.inputs)
-            if call.saved_bytes - held > WORTH_A_RERUN * observation.saved_bytes:
-                found.append(CheckpointPlan(call.path, call.saved_bytes, held))
-    return tuple(found)
-
-
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    for size in shape:
-        itemsize *= size
-    return itemsize

@@ -147,11 +147,26 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPlan:
-    """One module outside of the stages that is run again in backward, from its kept input."""
+    """Modules outside of the stages that run again in backward, from the kept input of the first.
+
+    Args:
+        path: of the first.
+        saved_bytes: what plain autograd saves in all of them.
+        input_bytes: what is kept, beside what a stage keeps anyway.
+        joined: the paths of those after it, each called on what the one before it returned.
+        after: how many stages run before it.
+    """
 
     path: str
     saved_bytes: int
     input_bytes: int
+    joined: tuple[str, ...] = ()
+    after: int = 0
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of its modules."""
+        return (self.path, *self.joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +214,18 @@ class Plan:
 
     @property
     def predicted_bytes(self) -> int:
-        """The most that is held for backward at a time: between the stages, in the streams, and in one running block."""
-        kept = self.saved_bytes
-        kept -= sum(stage.saved_bytes for stage in self.stages) + sum(c.saved_bytes for c in self.checkpointed)
-        kept += sum(stage.held_bytes for stage in self.stages) + sum(c.input_bytes for c in self.checkpointed)
-        running = [s.largest_block_bytes for s in self.stages] + [c.saved_bytes for c in self.checkpointed]
-        return kept + max(running, default=0)
+        """The most that is held for backward at a time: what nothing drops, what was held so far, and what runs again."""
+        held = self.saved_bytes
+        held -= sum(stage.saved_bytes for stage in self.stages) + sum(c.saved_bytes for c in self.checkpointed)
+        peak = held
+        for number, stage in enumerate((*self.stages, None)):
+            for checkpoint in (c for c in self.checkpointed if c.after == number):
+                held += checkpoint.input_bytes
+                peak = max(peak, held + checkpoint.saved_bytes)
+            if stage is not None:
+                held += stage.held_bytes
+                peak = max(peak, held + stage.largest_block_bytes)
+        return peak
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back."""
@@ -249,7 +270,7 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
             )
             for stage in fields["stages"]
         ),
-        "checkpointed": tuple(CheckpointPlan(**c) for c in fields["checkpointed"]),
+        "checkpointed": tuple(CheckpointPlan(**_tuples(c)) for c in fields["checkpointed"]),
         "refusals": tuple(Refusal(**r) for r in fields["refusals"]),
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -73,8 +74,9 @@ def apply_plan(
             continue
         _install(converted, stage, plan.grid, forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
-        module = converted.get_submodule(checkpoint.path)
-        module.forward = Checkpointed(module, checkpoint.path)
+        for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
+            module = converted.get_submodule(path)
+            module.forward = Checkpointed(module, path, following)
     converted.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
     return converted
 
@@ -212,8 +214,9 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
                 "the block by its class. Put the function into the class, or remove it before converting."
             )
     for checkpoint in plan.checkpointed:
-        if checkpoint.path not in modules:
-            raise RefusalError(
-                f"{type(model).__name__}: the plan checkpoints {checkpoint.path}, which the model does not have. The plan "
-                "was made for another architecture: make one with revify.plan(model)."
-            )
+        for path in checkpoint.paths:
+            if path not in modules:
+                raise RefusalError(
+                    f"{type(model).__name__}: the plan checkpoints {path}, which the model does not have. The plan "
+                    "was made for another architecture: make one with revify.plan(model)."
+                )

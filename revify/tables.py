@@ -46,7 +46,7 @@ def draw_plan(plan: Plan) -> str:
     console = Console(file=text, width=130, highlight=False)
     console.print(table)
     for c in plan.checkpointed:
-        console.print(f"  checkpointed: {c.path} ({c.saved_bytes / 2**20:.1f} MiB)")
+        console.print(f"  checkpointed: {', '.join(c.paths)} ({c.saved_bytes / 2**20:.1f} MiB)")
     for reason, paths in group_reasons(plan.refusals).items():
         console.print(f"  left as it is: {paths}: {reason}")
     console.print(

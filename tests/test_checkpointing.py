@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import pytest
@@ -13,17 +14,20 @@ from torch import Tensor, nn
 
 import revify
 
-
-def net(**options: object) -> nn.Module:
-    return converted(zoo.TwoStages, transitions="checkpoint", **options)
+KINDS = (zoo.TwoStages, zoo.LayersInARow)
 
 
+def net(kind: type[zoo.Net] = zoo.TwoStages, **options: object) -> nn.Module:
+    return converted(kind, transitions="checkpoint", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("bits", [0, 3])
-def test_same_gradients(bits: int, autocast: torch.dtype | None) -> None:
-    model = net(bits=bits)
+def test_same_gradients(bits: int, autocast: torch.dtype | None, kind: type[zoo.Net]) -> None:
+    model = net(kind, bits=bits)
     found = assert_same_gradients(model, inputs_of(model), autocast=autocast)
-    kept = run(converted(zoo.TwoStages, bits=bits), inputs_of(model), autocast=autocast)
+    kept = run(converted(kind, bits=bits), inputs_of(model), autocast=autocast)
     assert_same(found, kept)
 
 
@@ -31,12 +35,16 @@ def test_counts_batches_once() -> None:
     model = net()
     model(*inputs_of(model)).sum().backward()
     assert int(model.transition[1].num_batches_tracked) == 1
+    model = net(zoo.LayersInARow)
+    model(*inputs_of(model)).sum().backward()
+    assert int(model.norm.num_batches_tracked) == 1
 
 
-def test_holds_less() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_holds_less(kind: type[zoo.Net]) -> None:
     alive = []
     for transitions in ("keep", "checkpoint"):
-        model = converted(zoo.TwoStages, transitions=transitions, bits=0)
+        model = converted(kind, transitions=transitions, bits=0)
         with Ledger() as ledger:
             output = model(*inputs_of(model))
             alive.append(ledger.alive())
@@ -44,9 +52,59 @@ def test_holds_less() -> None:
     assert alive[1] < alive[0]
 
 
+def test_layers_in_a_row_hold_what_the_first_was_given() -> None:
+    model = net(zoo.LayersInARow, bits=0).requires_grad_(True)
+    assert next(c.paths for c in model.revify_plan.checkpointed) == ("stem", "norm", "act", "drop", "pool")
+    (x,) = inputs_of(model)
+    with Ledger() as ledger:
+        output = model.pool(model.drop(model.act(model.norm(model.stem(x)))))
+        assert ledger.alive() <= output.nbytes + model.norm.num_batches_tracked.nbytes
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("between", ["operation", "in place", "hook", "alone"])
+def test_something_between_layers_in_a_row(between: str) -> None:
+    """Then the layers behind it hold what they are given: slower to forget, never wrong."""
+    model = net(zoo.LayersInARow, bits=0).eval()
+    (x,) = inputs_of(model)
+
+    def forward() -> Tensor:
+        y = model.stem(x)
+        if between == "operation":
+            y = y * 2
+        elif between == "in place":
+            y.mul_(2)
+        elif between == "alone":
+            y = x.clone()
+        return model.act(model.norm(y)).square().sum()
+
+    if between == "hook":
+        model.stem.register_forward_hook(lambda module, args, output: output * 2)
+    found = []
+    for plain in (True, False):
+        model.zero_grad()
+        with revify.plain_backward() if plain else torch.enable_grad():
+            forward().backward()
+        found.append(gradients(model))
+    assert found[0]
+    assert_same(found[1], found[0])
+
+
+def test_layers_in_a_row_leave_their_values_as_they_were() -> None:
+    """What rides on them does not come along when they are saved or copied."""
+    model = net(zoo.LayersInARow, bits=0)
+    y = model.stem(*inputs_of(model))
+    assert vars(y)["revify_passage"]
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    assert not vars(torch.load(file)).get("revify_passage")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("retain", [True, False])
-def test_two_forwards_and_two_backwards(retain: bool) -> None:
-    model = net(bits=1)
+def test_two_forwards_and_two_backwards(retain: bool, kind: type[zoo.Net]) -> None:
+    model = net(kind, bits=1)
     one, two = inputs_of(model, 1)[0], inputs_of(model, 2)[0]
     found = []
     for plain in (True, False):

@@ -313,6 +313,29 @@ class TwoStages(Net):
         return self.head(self.stages[1](x).mean((2, 3)))
 
 
+class LayersInARow(Net):
+    """Outside of the stage, single layers are called one after the other, one of them in place, one with random numbers."""
+
+    STAGES = paths("blocks", count=3)
+    SHAPE, POOLED = IMAGE, (2, 3)
+
+    def __init__(self) -> None:
+        super().__init__(*(Convolutions(6) for _ in range(3)), width=6)
+        self.norm, self.act, self.drop, self.pool = (
+            nn.BatchNorm2d(6),
+            nn.ReLU(True),
+            nn.Dropout(0.2),
+            nn.MaxPool2d(3, 1, 1),
+        )
+        self.last_norm, self.last_act = nn.BatchNorm2d(6), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.drop(self.act(self.norm(self.stem(x)))))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.last_act(self.last_norm(x)).mean((2, 3)))
+
+
 class BranchesOnData(Net):
     """torch.fx cannot trace it as a whole, and it does not run without data."""
 
@@ -469,6 +492,7 @@ CONVERTIBLE: tuple[type[Net], ...] = (
     FrozenMiddle,
     AuxiliaryLoss,
     TwoStages,
+    LayersInARow,
     BranchesOnData,
     DrawsNumbersOutsideTheBlocks,
     TakesTwoInputs,

@@ -1,0 +1,123 @@
+"""What lies outside of the stages → which modules run again in backward, and which of them together.
+
+A checkpoint holds what its module was given. Of modules that are called one after the other, each on what the one before
+returned (a stem of convolution, norm, activation and pooling), a common checkpoint holds only what the first was given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from revify.observing import Call, Observation, ValueKey
+from revify.plans import CheckpointPlan, Plan
+from revify.refusals import parents
+from revify.stages import Stage
+
+WORTH_A_RERUN = 0.005  # of the model's saved bytes, that running modules again must save
+
+
+def find_checkpoints(observation: Observation, stages: tuple[Stage, ...], plan: Plan) -> tuple[CheckpointPlan, ...]:
+    """What is to be checkpointed outside of the stages, in the order of the calls.
+
+    The largest modules without a stage in them are checkpointed where that pays. Then neighbours are joined, one pair at a
+    time, as long as less is held and the predicted peak of the model does not rise.
+
+    Args:
+        observation: of the model.
+        stages: found in it.
+        plan: of the same stages, without checkpoints.
+    """
+    pieces = list(_pieces(observation, stages))
+    worth = WORTH_A_RERUN * observation.saved_bytes
+    while joined := _join(pieces, plan, worth):
+        pieces = joined
+    return tuple(piece.plan for piece in pieces if piece.pays(worth))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Modules that are called one after the other.
+
+    Args:
+        plan: what it would be as a checkpoint.
+        given: the only value that the first was given, None where there are several.
+        output: what the last returns.
+        possible: whether its first module leaves what it is given as it is.
+    """
+
+    plan: CheckpointPlan
+    given: ValueKey | None
+    output: ValueKey | None
+    possible: bool
+
+    def pays(self, worth: float) -> bool:
+        """Whether it is checkpointed: where that saves more than `worth` bytes."""
+        return self.possible and self.plan.saved_bytes - self.plan.input_bytes > worth
+
+    def held_bytes(self, worth: float) -> int:
+        """What it holds until its backward."""
+        return self.plan.input_bytes if self.pays(worth) else self.plan.saved_bytes
+
+    def follows(self, other: _Piece) -> bool:
+        """Whether it is called on what the other returned, with no stage between them."""
+        return self.given is not None and self.given == other.output and self.plan.after == other.plan.after
+
+    def joined(self, following: _Piece) -> _Piece:
+        """Both as one checkpoint."""
+        plan = replace(
+            self.plan,
+            joined=(*self.plan.joined, following.plan.path, *following.plan.joined),
+            saved_bytes=self.plan.saved_bytes + following.plan.saved_bytes,
+        )
+        return _Piece(plan, self.given, following.output, self.possible)
+
+
+def _pieces(observation: Observation, stages: tuple[Stage, ...]) -> Iterator[_Piece]:
+    """The largest modules without a stage in them, each called once, in the order of their calls."""
+    inside = {b.call.path for stage in stages for b in stage.blocks}
+    above = {parent for path in inside for parent in parents(path)} | {""}
+    counts = Counter(call.path for call in observation.calls)
+    ends = {s.blocks[-1].call.output for s in stages if s.blocks[-1].call.dtype in (torch.float32, torch.float64)}
+    for call in observation.calls:
+        called = [parent for parent in parents(call.path) if counts[parent]]
+        largest = call.path not in inside | above and above.issuperset(called)
+        if largest and counts[call.path] == 1 and (call.output is not None or call.results):
+            after = sum(stage.blocks[-1].call.order < call.order for stage in stages)
+            held = sum(i.bytes for i in call.inputs if i.key not in ends)  # a stage holds its output anyway
+            yield _Piece(
+                CheckpointPlan(call.path, call.saved_bytes, held, after=after),
+                _only_input(call),
+                call.output,
+                not any(i.changed for i in call.inputs),
+            )
+
+
+def _only_input(call: Call) -> ValueKey | None:
+    return call.inputs[0].key if len(call.inputs) == 1 and call.inputs[0].argument == 0 else None
+
+
+def _join(pieces: list[_Piece], plan: Plan, worth: float) -> list[_Piece] | None:
+    """The pieces with that pair joined that does most for the predicted peak, None where no pair does any good."""
+
+    def peak(pieces: list[_Piece]) -> int:
+        return replace(plan, checkpointed=tuple(piece.plan for piece in pieces if piece.pays(worth))).predicted_bytes
+
+    best, best_peak, best_gain = None, peak(pieces), 0
+    for place, (first, second) in enumerate(pairwise(pieces)):
+        if not second.follows(first):
+            continue
+        both = first.joined(second)
+        gain = first.held_bytes(worth) + second.held_bytes(worth) - both.held_bytes(worth)
+        wanted = 0 if first.pays(worth) and second.pays(worth) else worth  # where nothing runs again that did not
+        if gain <= wanted:
+            continue
+        candidate = [*pieces[:place], both, *pieces[place + 2 :]]
+        found = peak(candidate)
+        if (found, -gain) < (best_peak, -best_gain) or (found == best_peak and best is None):
+            best, best_peak, best_gain = candidate, found, gain
+    return best
