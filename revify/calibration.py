@@ -19,19 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from revify.errors import RefusalError, RevifyError
-from revify.fitting import Sums, fit_dense, fit_diagonal, reduce_rank, subtract, take
-from revify.plans import BlockPlan, Plan, StagePlan
-from revify.predictors import CALIBRATED, hold_forecast, make_predictor
+from revify.forecasting import added_damage, fit_block, multiply_adds, with_form
+from revify.plans import Plan, StagePlan
+from revify.predictors import CALIBRATED
 from revify.rewriting import apply_plan, remove_plan
-from revify.stream import MAX_BITS, Grid, step
+from revify.stream import MAX_BITS, Grid
 from revify.surveying import (
     Forecasts,
     Survey,
     Walk,
-    by_position,
     find_importance,
     first_of,
     run_block,
@@ -40,7 +38,6 @@ from revify.surveying import (
 )
 
 CHUNK = 32  # images that run at a time where one large batch is given
-COST = 0.10  # of a block's multiply-adds that "auto" may spend on its predictor
 TOLERANCE = 0.05  # relative change of the model's output that bits="auto" allows
 
 LOOK = 8  # images on which it is found what the output depends on
@@ -201,8 +198,8 @@ def _fit_stage(
     for index, planned in enumerate(stage.blocks):
         block = plain.get_submodule(planned.path)
         if index == 1:
-            cost = _multiply_adds(block, planned, walks[0])
-            stage = _with_form(stage, request.predictor, request.rank, channels, cost)
+            cost = multiply_adds(block, planned, walks[0])
+            stage = with_form(stage, request.predictor, request.rank, channels, cost)
         for walk in walks:
             walk.t = grid.round(run_block(block, planned.stream, walk.z, walk.sides[planned.path]))
             walk.aim = run_block(block, planned.stream, walk.original, walk.sides[planned.path])
@@ -211,10 +208,10 @@ def _fit_stage(
             importance = survey.importance[planned.path]
             own = stage.bits if planned.bits is None else planned.bits
             for bits in (own,) if damage is None else range(MAX_BITS + 1):
-                forecasts[planned.path], following = _fit_block(stage, bits, walks, importance.weights, grid)
+                forecasts[planned.path], following = fit_block(stage, bits, walks, importance.weights, grid)
                 if damage is None:
                     break
-                added = _added_damage(walks, following, importance.energy) / size
+                added = added_damage(walks, following, importance.energy) / size
                 if added <= damage:
                     break
             if damage is not None:
@@ -224,87 +221,6 @@ def _fit_stage(
         for walk, z in zip(walks, following, strict=True):
             walk.older, walk.z, walk.original = walk.z, z, walk.aim
     return stage, forecasts, worst
-
-
-def _fit_block(
-    stage: StagePlan, bits: int, walks: list[Walk], weights: Tensor, grid: Grid
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The tensors of one block's forecast at these bits, and the stream values that follow."""
-    assert stage.axis is not None  # the caller asked
-    axis, gamma = stage.axis, 2.0**-bits
-    channels = walks[0].z.shape[axis]
-    sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
-    images = 0
-    for walk in walks:
-        goal = (walk.t + gamma * walk.older - walk.aim) / gamma - walk.z
-        for half, part in enumerate(sums):
-            rows = slice((half + images) % 2, None, 2)
-            x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
-            part.add(x, by_position(goal[rows], axis), weights.repeat(len(x) // len(weights)))
-        images += len(walk.z)
-    tensors = _forecast(sums, stage, channels, walks[0].z.device)
-    holder = nn.Module()
-    hold_forecast(holder, tensors)
-    forecast = make_predictor(stage.predictor, holder, axis, grid)
-    following: list[Tensor] = []
-    for walk in walks:
-        gap, late = walk.older - forecast.before(walk.z), forecast.after(walk.t)
-        following.append(step(walk.t, gap if late is None else gap - late, bits, grid)[0])
-    return tensors, following
-
-
-def _added_damage(walks: list[Walk], following: list[Tensor], energy: float) -> float:
-    """The deviation of the output that a step adds to what the steps before it did, to first order."""
-    left = came = 0.0
-    for walk, z in zip(walks, following, strict=True):
-        left += float((z - walk.aim).double().square().sum())
-        came += float((walk.t - walk.aim).double().square().sum())
-    return energy**0.5 * (left**0.5 - came**0.5)
-
-
-def _forecast(sums: list[Sums], stage: StagePlan, channels: int, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of one block's forecast, q − z being fitted to features [z, T(z)] of two halves of the images."""
-    diagonal = fit_diagonal(*sums)
-    pick = torch.arange(channels)
-    tensors = {
-        "scale": 1 + diagonal.weight[pick, pick],
-        "scale_t": diagonal.weight[pick + channels, pick],
-        "shift": diagonal.shift,
-    }
-    if stage.predictor != "diagonal":
-        features = slice(None) if stage.predictor == "linear" else slice(0, channels)
-        rest = [take(subtract(part, diagonal), features) for part in sums]
-        dense = fit_dense(*rest)
-        shift = dense.shift
-        if stage.predictor == "lowrank":
-            tensors["up"], tensors["down"], shift = reduce_rank(dense, rest[0] + rest[1], stage.rank)
-        else:
-            tensors["weight"] = dense.weight[:channels].T
-        if stage.predictor == "linear":
-            tensors["weight_t"] = dense.weight[channels:].T
-        tensors["shift"] = tensors["shift"] + shift
-    return {name: tensor.to(device, torch.float32).contiguous() for name, tensor in tensors.items()}
-
-
-def _with_form(stage: StagePlan, predictor: str, rank: int | None, channels: int, cost: float) -> StagePlan:
-    """Which predictor the stage gets, given the multiply-adds of its block per element (linear: C, rank r: 2r)."""
-    affordable = int(COST * cost / 2)
-    if predictor == "auto":
-        for richest, price in (("linear", 2 * channels), ("linear_z", channels)):
-            if price <= COST * cost:
-                return replace(stage, predictor=richest, rank=0)
-        predictor = "lowrank" if affordable >= 1 else "diagonal"
-    if predictor == "lowrank":
-        chosen = rank if rank is not None else max(affordable, 1)
-        return replace(stage, predictor="lowrank", rank=min(chosen, channels))
-    return replace(stage, predictor=predictor, rank=0)
-
-
-def _multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
-    """What the block costs per element of its stream."""
-    with FlopCounterMode(display=False) as counter:
-        run_block(block, planned.stream, walk.z, walk.sides[planned.path])
-    return counter.get_total_flops() / 2 / walk.z.numel()
 
 
 def _upto(plan: Plan, number: int) -> Plan:
