@@ -1,7 +1,7 @@
 """Checkpointing of what lies between the stages: the module's input is kept, and it runs again in backward.
 
 It is the runtime's rerun without a stream, so it has the runtime's manners: BatchNorm counts once, the random numbers
-repeat, autograd's graph is real. Modules that are called one after the other share a checkpoint: a `Passage` rides on what
+repeat, autograd's graph is real. Modules that are called one after the other share a checkpoint: a `Section` rides on what
 one returns, and the next one joins it if that is what it is given, as it was returned.
 """
 
@@ -20,10 +20,10 @@ from revify.reruns import Rerun
 from revify.runtime import saves_nothing
 
 
-class Passage(Rider):
+class Section(Rider):
     """One forward pass through modules that are called one after the other; it holds what the first was given.
 
-    Args:
+    Attributes:
         following: the path of the module that may come next, None behind the last.
         version: of the value that it rides on.
     """
@@ -61,28 +61,28 @@ class Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
         if not saves_nothing():
             return self._run(*args, **kwargs)
-        passage = self._passage(args, kwargs)
-        side = SideInputs.of(args, kwargs) if passage is None else SideInputs.of((), {})
+        section = self._section(args, kwargs)
+        side = SideInputs.of(args, kwargs) if section is None else SideInputs.of((), {})
         device = next((t.device for t in (*side.tensors(), *args) if isinstance(t, Tensor)), None)
         if device is None:
             raise StreamError(f"{self.name} was called without a tensor, so there is nothing to checkpoint it from.")
-        passage = passage or Passage()
+        section = section or Section()
         rerun = Rerun(self.name, self._run, self.module, side)
-        passage.append(rerun)
-        output = rerun.first(lambda: self._run(*args, **kwargs), device, passage.load)
+        section.append(rerun)
+        output = rerun.first(lambda: self._run(*args, **kwargs), device, section.load)
         if self.following and isinstance(output, Tensor):
-            passage.following, passage.version = self.following, version(output)
-            output.revify_passage = passage  # type: ignore[attr-defined]
+            section.following, section.version = self.following, version(output)
+            output.revify_section = section  # type: ignore[attr-defined]
         return output
 
-    def _passage(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Passage | None:
+    def _section(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Section | None:
         """The one that the module joins; None where its input is not just what the module before it returned."""
         values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        found = [value.__dict__.pop("revify_passage", None) for value in values]
+        found = [value.__dict__.pop("revify_section", None) for value in values]
         if len(args) != 1 or kwargs or not found or not found[0]:
             return None
-        passage: Passage = found[0]
-        return passage if (passage.following, passage.version) == (self.name, version(values[0])) else None
+        section: Section = found[0]
+        return section if (section.following, section.version) == (self.name, version(values[0])) else None
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)

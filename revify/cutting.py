@@ -46,22 +46,9 @@ class Cut:
     half: int
 
 
-ELEMENTWISE: set[Any] = {
-    *(functional.dropout, functional.avg_pool2d, functional.max_pool2d, functional.adaptive_avg_pool2d),
-    *(
-        operator.truediv,
-        operator.neg,
-        operator.sub,
-        torch.mean,
-        torch.sub,
-        torch.div,
-        "mean",
-        "sub",
-        "div",
-        "div_",
-        "neg",
-    ),
-}
+ELEMENTWISE: set[Any] = {"mean", "sub", "div", "div_", "neg"}
+ELEMENTWISE |= {functional.dropout, functional.avg_pool2d, functional.max_pool2d, functional.adaptive_avg_pool2d}
+ELEMENTWISE |= {operator.truediv, operator.neg, operator.sub, torch.mean, torch.sub, torch.div}
 PLAIN = ADDITIONS | SCALINGS | MOVES | ACTIVATIONS | ELEMENTWISE
 
 

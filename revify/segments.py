@@ -23,35 +23,8 @@ from torch import Tensor, fx, nn
 from revify.blocks import dependent_on
 from revify.errors import StreamError
 from revify.joints import Joint, find_ends, find_joints, has_side_effects
+from revify.operations import Operation, Slot, execute
 from revify.tracing import meta_copy
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Stands among the arguments of an operation for the value of this name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One node of a block's graph.
-
-    Args:
-        result: its name.
-        kind: call_module, call_function, call_method or get_attr, as in torch.fx.
-        target: the child's path, the function, the method's name or the attribute's path.
-        args: with `Slot` for values.
-        kwargs: likewise.
-        last_used: names that no later operation of the segment needs.
-    """
-
-    result: str
-    kind: str
-    target: Any  # Any: as in torch.fx
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    last_used: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +58,7 @@ class Segment:
         values = {_argument(name): value for name, value in given.items()}
         values[self.start] = values.pop(_argument(stream))
         for step in self.operations:
-            values[step.result] = _execute(step, block, values)
+            values[step.result] = execute(step, block, values)
             for name in step.last_used:
                 values.pop(name, None)
         return values[self.operations[-1].result]
@@ -285,27 +258,3 @@ def _out_of_place(node: fx.Node, start: fx.Node) -> Any:
 def _argument(name: str) -> str:
     """The name of an argument's value: no operation has it."""
     return f"argument {name}"
-
-
-def _execute(step: Operation, block: nn.Module, values: dict[str, Any]) -> Any:
-    if step.kind == "get_attr":
-        return operator.attrgetter(step.target)(block)
-    args, kwargs = _filled(step.args, values), _filled(step.kwargs, values)
-    if step.kind == "call_module":
-        return block.get_submodule(step.target)(*args, **kwargs)
-    if step.kind == "call_method":
-        return getattr(args[0], step.target)(*args[1:], **kwargs)
-    return step.target(*args, **kwargs)
-
-
-def _filled(value: Any, values: dict[str, Any]) -> Any:
-    """The arguments with values in the slots."""
-    if isinstance(value, Slot):
-        return values[value.name]
-    if isinstance(value, tuple | list):
-        return type(value)(_filled(item, values) for item in value)
-    if isinstance(value, dict):
-        return {name: _filled(item, values) for name, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_filled(item, values) for item in (value.start, value.stop, value.step)))
-    return value

@@ -94,11 +94,11 @@ def test_layers_in_a_row_leave_their_values_as_they_were() -> None:
     """What rides on them does not come along when they are saved or copied."""
     model = net(zoo.LayersInARow, bits=0)
     y = model.stem(*inputs_of(model))
-    assert vars(y)["revify_passage"]
+    assert vars(y)["revify_section"]
     file = io.BytesIO()
     torch.save(y, file)
     file.seek(0)
-    assert not vars(torch.load(file)).get("revify_passage")
+    assert not vars(torch.load(file)).get("revify_section")
 
 
 @pytest.mark.parametrize("kind", KINDS)
