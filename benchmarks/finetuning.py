@@ -186,7 +186,7 @@ def vit_subject(size: int = 70) -> Subject:
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         groups = [
             {"params": [p for n, p in model.named_parameters() if n.startswith("head") == head], "lr": lr}
-            for head, lr in ((True, 3e-3), (False, 5e-5))
+            for head, lr in ((True, 3e-3), (False, 2.5e-5))
         ]
         return torch.optim.AdamW(groups, weight_decay=0.05)
 
@@ -196,7 +196,7 @@ def vit_subject(size: int = 70) -> Subject:
         test=(torch.cat([photos[~train], more]), torch.cat([kinds[~train], more_kinds])),
         augment=crops,
         optimizer=optimizer,
-        epochs=6,
+        epochs=5,
         batch=20,
     )
 
