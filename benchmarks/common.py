@@ -66,6 +66,12 @@ class Results:
         self.failed += not reached
         self.say(f"{'reached' if reached else 'MISSED '}  {what}: {value:.4f} (at most {limit:.4f})")
 
+    @staticmethod
+    def read(name: str) -> list[dict[str, Any]]:
+        """The rows of results/NAME.csv, with numbers as numbers."""
+        with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+            return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
     def write(self) -> int:
         """Leave the files; the exit status: 1 where something was missed."""
         RESULTS.mkdir(exist_ok=True)
@@ -75,3 +81,12 @@ class Results:
             writer.writeheader()
             writer.writerows(self.rows)
         return int(self.failed > 0)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:  # not a number of this kind
+            continue
+    return text

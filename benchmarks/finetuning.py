@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 import timm.scheduler
 import torch
@@ -255,15 +256,21 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="finetuning", help="of the result files")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of results/NAME.csv, run what is missing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     columns = {"network": 9, "method": 21, "seed": 4, "accuracy": 8, "reverted": 8, "peak MiB": 8, "step s": 8}
+    kept = Results.read(args.name) if args.resume else []
     results = Results(args.name, columns)
+    for row in kept:
+        results.row(*row.values())
+    done = {(row["network"], row["method"], row["seed"]) for row in kept}
     for name in args.subjects:
         subject = SUBJECTS[name]()
-        results.row(name, "before", "–", accuracy(subject.create(), *subject.test), "–", "–", "–")
-        for seed in args.seeds:
-            for method in args.methods:
+        if (name, "before", "–") not in done:
+            results.row(name, "before", "–", accuracy(subject.create(), *subject.test), "–", "–", "–")
+        for seed, method in product(args.seeds, args.methods):
+            if (name, method, seed) not in done:
                 run(results, name, method, subject, seed)
                 results.write()
         summarise(results, name, args.methods)

@@ -19,21 +19,26 @@ from revify.refusals import parents
 from revify.stages import Stage
 
 WORTH_A_RERUN = 0.005  # of the model's saved bytes, that running modules again must save
+LARGEST = 3  # of the modules that are tried to be parted
 
 
 def find_checkpoints(observation: Observation, stages: tuple[Stage, ...], plan: Plan) -> tuple[CheckpointPlan, ...]:
     """What is to be checkpointed outside of the stages, in the order of the calls.
 
-    The largest modules without a stage in them are checkpointed where that pays. Then neighbours are joined, one pair at a
-    time, as long as less is held and the predicted peak of the model does not rise.
+    At first the largest modules without a stage in them are checkpointed, where that pays. Those that hold most when they
+    run again are parted into their children, as long as that lowers the predicted peak of the model by more than it adds to
+    what is held. Then neighbours are joined, one pair at a time, as long as less is held and the peak does not rise.
 
     Args:
         observation: of the model.
         stages: found in it.
         plan: of the same stages, without checkpoints.
     """
-    pieces = list(_pieces(observation, stages))
     worth = WORTH_A_RERUN * observation.saved_bytes
+    parted: set[str] = set()
+    pieces = list(_pieces(observation, stages, parted))
+    while opened := _part(pieces, observation, stages, plan, parted):
+        pieces = opened
     while joined := _join(pieces, plan, worth):
         pieces = joined
     return tuple(piece.plan for piece in pieces if piece.pays(worth))
@@ -77,10 +82,10 @@ class _Piece:
         return _Piece(plan, self.given, following.output, self.possible)
 
 
-def _pieces(observation: Observation, stages: tuple[Stage, ...]) -> Iterator[_Piece]:
-    """The largest modules without a stage in them, each called once, in the order of their calls."""
+def _pieces(observation: Observation, stages: tuple[Stage, ...], parted: set[str]) -> Iterator[_Piece]:
+    """The largest modules without a stage in them and not parted, each called once, in the order of their calls."""
     inside = {b.call.path for stage in stages for b in stage.blocks}
-    above = {parent for path in inside for parent in parents(path)} | {""}
+    above = {parent for path in inside for parent in parents(path)} | {""} | parted
     counts = Counter(call.path for call in observation.calls)
     ends = {s.blocks[-1].call.output for s in stages if s.blocks[-1].call.dtype in (torch.float32, torch.float64)}
     for call in observation.calls:
@@ -101,13 +106,23 @@ def _only_input(call: Call) -> ValueKey | None:
     return call.inputs[0].key if len(call.inputs) == 1 and call.inputs[0].argument == 0 else None
 
 
+def _part(
+    pieces: list[_Piece], observation: Observation, stages: tuple[Stage, ...], plan: Plan, parted: set[str]
+) -> list[_Piece] | None:
+    """The pieces with one of the largest parted into its children, None where that does no good; notes it in `parted`."""
+    worth = WORTH_A_RERUN * observation.saved_bytes
+    before = _peak(pieces, plan, worth) + _held(pieces, observation, worth)
+    for piece in sorted((p for p in pieces if p.pays(worth)), key=lambda p: -p.plan.saved_bytes)[:LARGEST]:
+        candidate = list(_pieces(observation, stages, parted | {piece.plan.path}))
+        if _peak(candidate, plan, worth) + _held(candidate, observation, worth) < before:
+            parted.add(piece.plan.path)
+            return candidate
+    return None
+
+
 def _join(pieces: list[_Piece], plan: Plan, worth: float) -> list[_Piece] | None:
     """The pieces with that pair joined that does most for the predicted peak, None where no pair does any good."""
-
-    def peak(pieces: list[_Piece]) -> int:
-        return replace(plan, checkpointed=tuple(piece.plan for piece in pieces if piece.pays(worth))).predicted_bytes
-
-    best, best_peak, best_gain = None, peak(pieces), 0
+    best, best_peak, best_gain = None, _peak(pieces, plan, worth), 0
     for place, (first, second) in enumerate(pairwise(pieces)):
         if not second.follows(first):
             continue
@@ -117,7 +132,17 @@ def _join(pieces: list[_Piece], plan: Plan, worth: float) -> list[_Piece] | None
         if gain <= wanted:
             continue
         candidate = [*pieces[:place], both, *pieces[place + 2 :]]
-        found = peak(candidate)
+        found = _peak(candidate, plan, worth)
         if (found, -gain) < (best_peak, -best_gain) or (found == best_peak and best is None):
             best, best_peak, best_gain = candidate, found, gain
     return best
+
+
+def _peak(pieces: list[_Piece], plan: Plan, worth: float) -> int:
+    """What the model would hold at most."""
+    return replace(plan, checkpointed=tuple(piece.plan for piece in pieces if piece.pays(worth))).predicted_bytes
+
+
+def _held(pieces: list[_Piece], observation: Observation, worth: float) -> int:
+    """What is held outside of the stages at the end of the forward pass, but for what they hold in any case."""
+    return observation.saved_bytes - sum(p.plan.saved_bytes - p.plan.input_bytes for p in pieces if p.pays(worth))
