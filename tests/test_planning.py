@@ -127,6 +127,16 @@ def test_layers_of_a_stem_are_checkpointed_together() -> None:
     assert revify.Plan.from_json(plan.to_json()) == plan
 
 
+def test_a_large_transition_is_parted_where_that_lowers_the_peak() -> None:
+    """blocks.1 of the EfficientNet, two lone blocks, would hold more than anything else when it runs again."""
+    plan = revify.plan(timm.create_model("efficientnet_b0"), torch.zeros(2, 3, 64, 64), transitions="checkpoint")
+    stem, first, second, *others = plan.checkpointed
+    assert stem.paths == ("conv_stem", "bn1", "blocks.0")
+    assert (first.paths, second.paths) == (("blocks.1.0",), ("blocks.1.1",))
+    whole = CheckpointPlan("blocks.1", first.saved_bytes + second.saved_bytes, first.input_bytes)
+    assert replace(plan, checkpointed=(stem, whole, *others)).predicted_bytes > plan.predicted_bytes
+
+
 def test_joining_does_not_raise_the_predicted_peak() -> None:
     """regnety's first transition is far larger than any block: with the stem, it would hold most of all when it runs."""
     plan = revify.plan(timm.create_model("regnety_004"), torch.zeros(2, 3, 64, 64), transitions="checkpoint")
