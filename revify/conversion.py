@@ -40,7 +40,7 @@ def plan(
     predictor: PredictorName = "identity",
     bits: int = DEFAULT_BITS,
     grid: int = DEFAULT_GRID,
-    transitions: Transitions = "keep",
+    transitions: Transitions = "checkpoint",
     random_sign: bool = False,
     unit: Unit = "block",
     streams: Streams = "full",
@@ -63,7 +63,8 @@ def plan(
         predictor: of the previous stream value from the current one.
         bits: residue bits per element and step, 0…8: each costs b/8 byte and halves the change of the function.
         grid: resolution q; stream values are multiples of 2^-q within ±2^(24-q).
-        transitions: "checkpoint" also checkpoints what lies outside of the stages, where that pays.
+        transitions: "checkpoint" also runs again what lies outside of the stages (stem, transitions, head), where that
+            lowers the peak; "keep" leaves it to ordinary autograd, which is faster.
         unit: "branch" makes each residual addition of a pre-norm block a step of its own, so that only one branch's
             activations live at a time; with predictor="identity" and bits=0 this is Rev-ViT. "block": whole blocks.
         random_sign: γ = ±2^-bits at random for each sample and step in training, so that the change of the function is
@@ -106,7 +107,7 @@ def convert(
     predictor: PredictorName | None = None,
     bits: int | Literal["auto"] | None = None,
     grid: int = DEFAULT_GRID,
-    transitions: Transitions = "keep",
+    transitions: Transitions = "checkpoint",
     random_sign: bool = False,
     unit: Unit = "block",
     streams: Streams = "full",
