@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import timm.scheduler
@@ -126,6 +126,7 @@ OTHERS = {  # only where they are asked for
     "linear, 0 → 0 → 4": Method("linear", 0, refits=((0.15, 0), (0.3, 0), (0.5, 4))),
     "linear, 4 → 0 bits": Method("linear", 4, refits=((0.5, 0),)),
 }
+EVERY = {**METHODS, **OTHERS}
 
 
 def as_jpeg(images: Tensor, quality: int) -> Tensor:
@@ -252,7 +253,7 @@ def peak(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices={**METHODS, **OTHERS})
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=EVERY)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="finetuning", help="of the result files")
@@ -262,35 +263,45 @@ def main() -> int:
     columns = {"network": 9, "method": 21, "seed": 4, "accuracy": 8, "reverted": 8, "peak MiB": 8, "step s": 8}
     kept = Results.read(args.name) if args.resume else []
     results = Results(args.name, columns)
-    for row in kept:
-        results.row(*row.values())
-    done = {(row["network"], row["method"], row["seed"]) for row in kept}
     for name in args.subjects:
         subject = SUBJECTS[name]()
-        if (name, "before", "–") not in done:
-            results.row(name, "before", "–", accuracy(subject.create(), *subject.test), "–", "–", "–")
+        memory = cache(partial(step_memory, subject))
+        own = [row for row in kept if row["network"] == name and row["method"] in EVERY]
+        before = accuracy(subject.create(), *subject.test)
+        results.row(name, "before", "–", before, "–", "–", "–")
+        for row in own:
+            results.row(*{**row, "peak MiB": memory(row["method"])}.values())
+        done = {(row["method"], row["seed"]) for row in own}
         for seed, method in product(args.seeds, args.methods):
-            if (name, method, seed) not in done:
-                run(results, name, method, subject, seed)
+            if (method, seed) not in done:
+                run(results, name, method, subject, seed, memory(method))
                 results.write()
         summarise(results, name, args.methods)
     draw(results, args.methods)
     return results.write()
 
 
-def run(results: Results, name: str, key: str, subject: Subject, seed: int) -> None:
+def run(results: Results, name: str, key: str, subject: Subject, seed: int, memory: float) -> None:
     """One training run as a row."""
-    method = {**METHODS, **OTHERS}[key]
+    method = EVERY[key]
     try:
         model, seconds = finetune(method.prepare(subject), method, subject, seed)
         score = accuracy(model, *subject.test)
     except revify.GridRangeError:  # the stream ran away: there is no function left
-        results.row(name, key, seed, float("nan"), float("nan"), float("nan"), float("nan"))
+        results.row(name, key, seed, float("nan"), float("nan"), memory, float("nan"))
         return
     plain = revify.revert(model).eval() if hasattr(model, "revify_plan") else model
     reverted = accuracy(plain, *subject.test) if plain is not model else score
-    memory = peak(model, subject.train[0][: subject.batch], subject.train[1][: subject.batch])
     results.row(name, key, seed, score, reverted, memory, seconds)
+
+
+def step_memory(subject: Subject, key: str) -> float:
+    """MiB above what is resident in one step: the same for every seed."""
+    few = replace(subject, calibrate=subject.batch)  # what the predictors hold does not depend on the images
+    model = EVERY[key].prepare(few)
+    for _, bits in EVERY[key].refits:
+        model = EVERY[key].refit(model, few, bits)
+    return peak(model, *(part[: subject.batch] for part in subject.train))
 
 
 def summarise(results: Results, name: str, methods: list[str]) -> None:

@@ -105,7 +105,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "with --calibrate diagonal, lowrank, linear_z, linear or auto",
     )
     group.add_argument("--grid", type=int, metavar="Q", help="resolution of the stream's values, 2^-Q")
-    group.add_argument("--transitions", metavar="MODE", help="what lies outside of the stages: checkpoint (default) or keep")
+    group.add_argument(
+        "--transitions", metavar="MODE", help="what lies outside of the stages: checkpoint (default) or keep"
+    )
     group.add_argument(
         "--unit", metavar="UNIT", help="what a step is: block, or branch (attention and MLP each on their own)"
     )
