@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify.observing import Observation, observe
+from revify.observing import Observation
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.segments import Segment, find_segments, with_stream
 from revify.tracing import Example, meta_copy
 
 
-def cut_blocks(plan: Plan, model: nn.Module, example: Example) -> Plan:
+def cut_blocks(plan: Plan, model: nn.Module, example: Example, observation: Observation) -> Plan:
     """The plan with every pre-norm block cut at its residual additions, where that can be done.
 
     Args:
         plan: of the model, by blocks.
         model: the plain model; it stays as it is.
         example: its inputs.
+        observation: of the model on them.
     """
-    observation = observe(model, example)
     inputs = {call.path: tuple(i.argument for i in call.inputs) for call in observation.calls}
     cut: dict[str, tuple[Segment, ...]] = {}
     for block in (block for stage in plan.stages for block in stage.blocks):

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypedDict, cast
 from torch import Tensor, nn
 
 from revify.algebra.formulas import Formula
-from revify.branches import cut_blocks
 from revify.calibration import calibrate
 from revify.couplings import additive
 from revify.errors import RefusalError, RevifyError
@@ -21,7 +20,6 @@ from revify.plans import Plan
 from revify.predictors import CALIBRATED
 from revify.requests import Example, check_model, check_options, check_streams, example_inputs
 from revify.rewriting import apply_plan, remove_plan
-from revify.splitting import split_stages
 from revify.tables import group_reasons
 
 DEFAULT_BITS = 4
@@ -90,12 +88,16 @@ def plan(
     )
     check_model(model)
     made = make_plan(
-        model, example_inputs(model, example), bits=bits, predictor=predictor, grid=grid, transitions=transitions
+        model,
+        example_inputs(model, example),
+        bits=bits,
+        predictor=predictor,
+        grid=grid,
+        transitions=transitions,
+        unit=unit,
+        coupling=coupling if streams == "split" else None,
     )
-    if streams == "split":
-        return split_stages(made, model, example_inputs(model, example), coupling)
-    made = replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
-    return cut_blocks(made, model, example_inputs(model, example)) if unit == "branch" else made
+    return replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
 
 
 def convert(

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 from torch import nn
 
+from revify.algebra.formulas import Formula
 from revify.blocks import find_blocks
+from revify.branches import cut_blocks
 from revify.observing import observe
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.recording import follow
 from revify.refusals import find_refusals
+from revify.splitting import split_stages
 from revify.stages import Stage, channel_axis, group_stages
 from revify.tracing import Example, tensors_of
 from revify.transitions import find_checkpoints
@@ -25,6 +28,8 @@ def make_plan(
     predictor: str,
     grid: int,
     transitions: str,
+    unit: str = "block",
+    coupling: Formula | None = None,
 ) -> Plan:
     """Analyse a model and say what would be done to it.
 
@@ -35,6 +40,11 @@ def make_plan(
         predictor: for every stage.
         grid: resolution of the grid.
         transitions: "keep" or "checkpoint".
+        unit: "block" or "branch".
+        coupling: of the halves of the channels, None for full streams.
+
+    Raises:
+        RefusalError: the coupling has no inverse, or cannot be parted into single branches.
     """
     observation, graph = observe(model, example), follow(model, example)
     modules = dict(model.named_modules())
@@ -56,8 +66,12 @@ def make_plan(
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
-    if stages and transitions == "checkpoint":
-        plan = replace(plan, checkpointed=find_checkpoints(observation, stages, plan))
+    if coupling is not None:
+        plan = split_stages(plan, model, example, coupling, observation, graph)
+    elif unit == "branch":
+        plan = cut_blocks(plan, model, example, observation)
+    if plan.stages and transitions == "checkpoint":
+        plan = replace(plan, checkpointed=find_checkpoints(observation, plan))
     return plan
 
 

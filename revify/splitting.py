@@ -23,15 +23,16 @@ from revify.blocks import Refusal
 from revify.chains import Branch, ChainRule, make_branches
 from revify.cutting import Cut, apply_cuts, find_cuts, half_range
 from revify.joints import find_joints
-from revify.observing import observe
+from revify.observing import Observation
 from revify.parts import Turn, coupling_name, turns
 from revify.plans import CUT, LIFTED, WHOLE, BlockPlan, BranchPlan, Plan, StagePlan
-from revify.recording import follow
 from revify.segments import BranchCode, find_branches
 from revify.tracing import Example, Trace, call_with, run_copy
 
 
-def split_stages(plan: Plan, model: nn.Module, example: Example, formula: Formula) -> Plan:
+def split_stages(
+    plan: Plan, model: nn.Module, example: Example, formula: Formula, observation: Observation, graph: Trace
+) -> Plan:
     """The plan with every stage split into two streams, where that can be done.
 
     Args:
@@ -39,13 +40,14 @@ def split_stages(plan: Plan, model: nn.Module, example: Example, formula: Formul
         model: the plain model; it stays as it is.
         example: its inputs.
         formula: the coupling.
+        observation: of the model on its inputs.
+        graph: of the model.
 
     Raises:
         RefusalError: the coupling has no inverse, or cannot be parted into single branches.
     """
     name = coupling_name(formula)
-    graph = follow(model, example)
-    inputs = {call.path: tuple(i.argument for i in call.inputs) for call in observe(model, example).calls}
+    inputs = {call.path: tuple(i.argument for i in call.inputs) for call in observation.calls}
     tied = _tied(model)
     stages: list[StagePlan] = []
     orders: list[tuple[Turn, ...]] = []

@@ -11,18 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
-
 from revify.observing import Call, Observation, ValueKey
-from revify.plans import CheckpointPlan, Plan
+from revify.plans import CheckpointPlan, Plan, StagePlan
 from revify.refusals import parents
-from revify.stages import Stage
 
 WORTH_A_RERUN = 0.005  # of the model's saved bytes, that running modules again must save
 LARGEST = 3  # of the modules that are tried to be parted
 
 
-def find_checkpoints(observation: Observation, stages: tuple[Stage, ...], plan: Plan) -> tuple[CheckpointPlan, ...]:
+def find_checkpoints(observation: Observation, plan: Plan) -> tuple[CheckpointPlan, ...]:
     """What is to be checkpointed outside of the stages, in the order of the calls.
 
     At first the largest modules without a stage in them are checkpointed, where that pays. Those that hold most when they
@@ -31,13 +28,12 @@ def find_checkpoints(observation: Observation, stages: tuple[Stage, ...], plan: 
 
     Args:
         observation: of the model.
-        stages: found in it.
-        plan: of the same stages, without checkpoints.
+        plan: its stages, without checkpoints.
     """
     worth = WORTH_A_RERUN * observation.saved_bytes
     parted: set[str] = set()
-    pieces = list(_pieces(observation, stages, parted))
-    while opened := _part(pieces, observation, stages, plan, parted):
+    pieces = list(_pieces(observation, plan, parted))
+    while opened := _part(pieces, observation, plan, parted):
         pieces = opened
     while joined := _join(pieces, plan, worth):
         pieces = joined
@@ -82,17 +78,19 @@ class _Piece:
         return _Piece(plan, self.given, following.output, self.possible)
 
 
-def _pieces(observation: Observation, stages: tuple[Stage, ...], parted: set[str]) -> Iterator[_Piece]:
+def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[_Piece]:
     """The largest modules without a stage in them and not parted, each called once, in the order of their calls."""
-    inside = {b.call.path for stage in stages for b in stage.blocks}
+    inside = {block.path for stage in plan.stages for block in stage.blocks}
     above = {parent for path in inside for parent in parents(path)} | {""} | parted
     counts = Counter(call.path for call in observation.calls)
-    ends = {s.blocks[-1].call.output for s in stages if s.blocks[-1].call.dtype in (torch.float32, torch.float64)}
+    calls = {call.path: call for call in observation.calls}
+    last = [calls[stage.blocks[-1].path] for stage in plan.stages]
+    ends = {call.output for call, stage in zip(last, plan.stages, strict=True) if _holds_its_output(stage)}
     for call in observation.calls:
         called = [parent for parent in parents(call.path) if counts[parent]]
         largest = call.path not in inside | above and above.issuperset(called)
         if largest and counts[call.path] == 1 and (call.output is not None or call.results):
-            after = sum(stage.blocks[-1].call.order < call.order for stage in stages)
+            after = sum(end.order < call.order for end in last)
             held = sum(i.bytes for i in call.inputs if i.key not in ends)  # a stage holds its output anyway
             yield _Piece(
                 CheckpointPlan(call.path, call.saved_bytes, held, after=after),
@@ -102,18 +100,21 @@ def _pieces(observation: Observation, stages: tuple[Stage, ...], parted: set[str
             )
 
 
+def _holds_its_output(stage: StagePlan) -> bool:
+    """Whether what leaves the stage is the value that it holds, not a shorter-typed or joined copy."""
+    return not stage.coupling and stage.dtype in ("float32", "float64")
+
+
 def _only_input(call: Call) -> ValueKey | None:
     return call.inputs[0].key if len(call.inputs) == 1 and call.inputs[0].argument == 0 else None
 
 
-def _part(
-    pieces: list[_Piece], observation: Observation, stages: tuple[Stage, ...], plan: Plan, parted: set[str]
-) -> list[_Piece] | None:
+def _part(pieces: list[_Piece], observation: Observation, plan: Plan, parted: set[str]) -> list[_Piece] | None:
     """The pieces with one of the largest parted into its children, None where that does no good; notes it in `parted`."""
     worth = WORTH_A_RERUN * observation.saved_bytes
     before = _peak(pieces, plan, worth) + _held(pieces, observation, worth)
     for piece in sorted((p for p in pieces if p.pays(worth)), key=lambda p: -p.plan.saved_bytes)[:LARGEST]:
-        candidate = list(_pieces(observation, stages, parted | {piece.plan.path}))
+        candidate = list(_pieces(observation, plan, parted | {piece.plan.path}))
         if _peak(candidate, plan, worth) + _held(candidate, observation, worth) < before:
             parted.add(piece.plan.path)
             return candidate
