@@ -82,10 +82,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """All calls of one forward pass, in the order of their start, and what the whole pass saved."""
+    """All calls of one forward pass.
+
+    Args:
+        calls: in the order of their start.
+        saved_bytes: what the whole pass saved.
+        passing: values that were given to a module and are gone in the end, since something changed them in place.
+    """
 
     calls: tuple[Call, ...]
     saved_bytes: int
+    passing: frozenset[ValueKey]
 
 
 def observe(model: nn.Module, example: Example) -> Observation:
@@ -133,7 +140,9 @@ class _Observer:
         finally:
             for handle in handles:
                 handle.remove()
-        return Observation(tuple(sorted(self._calls, key=lambda call: call.order)), self._saved)
+        calls = tuple(sorted(self._calls, key=lambda call: call.order))
+        given = {i.key for call in calls for i in call.inputs}
+        return Observation(calls, self._saved, frozenset(key for key in given if self._is_gone(key)))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = tuple(
@@ -176,6 +185,9 @@ class _Observer:
             self._alive.append(tensor)
             self._serials[id(tensor)] = len(self._alive)
         return ValueKey(self._serials[id(tensor)], tensor._version)
+
+    def _is_gone(self, key: ValueKey) -> bool:
+        return self._alive[key.serial - 1]._version != key.version
 
     def _save(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

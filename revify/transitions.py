@@ -48,7 +48,7 @@ class _Piece:
         plan: what it would be as a checkpoint.
         given: the only value that the first was given, None where there are several.
         output: what the last returns.
-        possible: whether its first module leaves what it is given as it is.
+        possible: whether what its first module is given stays as it is, so that it can be kept.
     """
 
     plan: CheckpointPlan
@@ -96,7 +96,7 @@ def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[
                 CheckpointPlan(call.path, call.saved_bytes, held, after=after),
                 _only_input(call),
                 call.output,
-                not any(i.changed for i in call.inputs),
+                not any(i.changed or i.key in observation.passing for i in call.inputs),
             )
 
 

@@ -90,6 +90,29 @@ def test_something_between_layers_in_a_row(between: str) -> None:
     assert_same(found[1], found[0])
 
 
+def test_a_module_whose_input_is_changed_later_is_left_alone() -> None:
+    """Ordinary autograd allows it where the module's first operation saves nothing."""
+
+    class Doubling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    class ChangesItLater(zoo.TwoStages):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transition.insert(0, Doubling())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stages[0](self.stem(x)).clone()
+            y = self.transition(x)
+            x.add_(1)
+            return self.head(self.stages[1](y).mean((2, 3))) + x.mean()
+
+    model = net(ChangesItLater)
+    assert "transition" not in {path for c in model.revify_plan.checkpointed for path in c.paths}
+    assert_same_gradients(model, inputs_of(model))
+
+
 def test_layers_in_a_row_leave_their_values_as_they_were() -> None:
     """What rides on them does not come along when they are saved or copied."""
     model = net(zoo.LayersInARow, bits=0)
