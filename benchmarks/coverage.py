@@ -43,9 +43,9 @@ PLANS = (
 )  # fmt: skip
 CHECKS = ("name", "family", "structure", "size", "stages", "blocks", "status", "reason", "seconds")
 SIZES = (64, 96, 128, 160, 192, 224, 256)
-PLAN_SECONDS, CHECK_SECONDS = 60, 120
+PLAN_SECONDS, CHECK_SECONDS = 60, 300
 DEEP = 20_000_000  # parameters from which a model is made shallower, where it has an argument for that
-LARGEST = 150_000_000  # parameters of a model that is run
+LARGEST = 300_000_000  # parameters of a model that is run
 DEPTHS = (
     {"depth": 4},
     {"depths": (2, 2, 2, 2)},
@@ -268,7 +268,8 @@ def check(model: nn.Module, images: Tensor, **options: Any) -> Row:
     plan = converted.revify_plan
     row: Row = {"stages": len(plan.stages), "blocks": sum(len(s.blocks) for s in plan.stages)}
     expected, found = (_gradients(converted, images, plain) for plain in (True, False))
-    problems = [] if all(g.isfinite().all() for g in expected.values()) else [NOT_FINITE]
+    learnt = [g for n, g in expected.items() if not n.startswith("buffer ")]  # a buffer may be an infinite bound
+    problems = [] if all(g.isfinite().all() for g in learnt) else [NOT_FINITE]
     different = [n for n in expected if n not in found or not torch.equal(expected[n], found[n])]
     if different or expected.keys() != found.keys():
         problems.append(f"{len(different)} of {len(expected)} gradients differ, first {different[:1]}")
