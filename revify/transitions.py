@@ -134,7 +134,7 @@ def _join(pieces: list[_Piece], plan: Plan, worth: float) -> list[_Piece] | None
             continue
         candidate = [*pieces[:place], both, *pieces[place + 2 :]]
         found = _peak(candidate, plan, worth)
-        if (found, -gain) < (best_peak, -best_gain) or (found == best_peak and best is None):
+        if (found, -gain) < (best_peak, -best_gain):
             best, best_peak, best_gain = candidate, found, gain
     return best
 
