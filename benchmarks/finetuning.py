@@ -113,6 +113,7 @@ METHODS = {
     "checkpointed": Method(checkpointed=True),
     "identity, 4 bits": Method("identity", 4),
     "linear, 2 bits": Method("linear", 2),
+    "linear, 2 → 4 bits": Method("linear", 2, refits=((0.8, 4),)),
     "linear, 1 bit": Method("linear", 1),
     "linear, 0 bits": Method("linear", 0),
     "linear, 0 → 4 bits": Method("linear", 0, refits=((0.5, 4),)),
@@ -120,6 +121,7 @@ METHODS = {
     "BDIA": Method("midpoint", 1, random_sign=True, grid=6),
 }
 OTHERS = {  # only where they are asked for
+    "linear, 2 → 2 bits": Method("linear", 2, refits=((0.8, 2),)),
     "diagonal, 2 bits": Method("diagonal", 2),
     "linear, auto bits": Method("linear", "auto"),
     "linear, auto → 4 bits": Method("linear", "auto", refits=((0.5, 4),)),
