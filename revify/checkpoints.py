@@ -39,9 +39,8 @@ _FETCHING = frozenset({"pretrained", "checkpoint_path", "pretrained_cfg", "pretr
 def save(model: nn.Module, path: str | os.PathLike[str], architecture: Mapping[str, Any] | None = None) -> None:
     """Write a converted model to one safetensors file.
 
-    The file appears whole or not at all: it is written beside `path` under another name, flushed to the disk
-    and then renamed. An older file at `path` survives every failure. In a run of several processes call it
-    from one of them.
+    The file appears whole or not at all: it is written beside `path` under another name, flushed to the disk and then
+    renamed. An older file at `path` survives every failure. In a run of several processes call it from one of them.
 
     Example:
         >>> import tempfile, timm, revify
@@ -101,8 +100,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         The converted model.
 
     Raises:
-        CheckpointError: the file is missing, truncated, foreign, of a newer format, or does not fit the
-        model.
+        CheckpointError: the file is missing, truncated, foreign, of a newer format, or does not fit the model.
     """
     file = _read(Path(path))
     if model is not None and "revify_plan" in vars(model):

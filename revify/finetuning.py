@@ -77,8 +77,7 @@ def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
         Accuracy, memory and step time of every form, and the history.
 
     Raises:
-        RevifyError: the data, the model, the folder or the recipe are not usable; nothing that was there is
-            changed.
+        RevifyError: the data, the model, the folder or the recipe are not usable; nothing that was there is changed.
     """
     out = Path(recipe.out)
     _check_folder(out, recipe)

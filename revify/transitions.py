@@ -30,14 +30,13 @@ def find_checkpoints(observation: Observation, plan: Plan) -> tuple[CheckpointPl
         observation: of the model.
         plan: its stages, without checkpoints.
     """
-    worth = WORTH_A_RERUN * observation.saved_bytes
     parted: set[str] = set()
     pieces = list(_pieces(observation, plan, parted))
     while opened := _part(pieces, observation, plan, parted):
         pieces = opened
-    while joined := _join(pieces, plan, worth):
+    while joined := _join(pieces, plan):
         pieces = joined
-    return tuple(piece.plan for piece in pieces if piece.pays(worth))
+    return tuple(piece.plan for piece in pieces if piece.pays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +48,24 @@ class _Piece:
         given: the only value that the first was given, None where there are several.
         output: what the last returns.
         possible: whether what its first module is given stays as it is, so that it can be kept.
+        worth: how many bytes a checkpoint must save.
     """
 
     plan: CheckpointPlan
     given: ValueKey | None
     output: ValueKey | None
     possible: bool
+    worth: float
 
-    def pays(self, worth: float) -> bool:
-        """Whether it is checkpointed: where that saves more than `worth` bytes."""
-        return self.possible and self.plan.saved_bytes - self.plan.input_bytes > worth
+    @property
+    def pays(self) -> bool:
+        """Whether it is checkpointed: where that saves enough."""
+        return self.possible and self.plan.saved_bytes - self.plan.input_bytes > self.worth
 
-    def held_bytes(self, worth: float) -> int:
+    @property
+    def held_bytes(self) -> int:
         """What it holds until its backward."""
-        return self.plan.input_bytes if self.pays(worth) else self.plan.saved_bytes
+        return self.plan.input_bytes if self.pays else self.plan.saved_bytes
 
     def follows(self, other: _Piece) -> bool:
         """Whether it is called on what the other returned, with no stage between them."""
@@ -75,7 +78,7 @@ class _Piece:
             joined=(*self.plan.joined, following.plan.path, *following.plan.joined),
             saved_bytes=self.plan.saved_bytes + following.plan.saved_bytes,
         )
-        return _Piece(plan, self.given, following.output, self.possible)
+        return replace(self, plan=plan, output=following.output)
 
 
 def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[_Piece]:
@@ -97,6 +100,7 @@ def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[
                 _only_input(call),
                 call.output,
                 not any(i.changed or i.key in observation.passing for i in call.inputs),
+                WORTH_A_RERUN * observation.saved_bytes,
             )
 
 
@@ -111,39 +115,38 @@ def _only_input(call: Call) -> ValueKey | None:
 
 def _part(pieces: list[_Piece], observation: Observation, plan: Plan, parted: set[str]) -> list[_Piece] | None:
     """The pieces with one of the largest parted into its children, None where that does no good; notes it in `parted`."""
-    worth = WORTH_A_RERUN * observation.saved_bytes
-    before = _peak(pieces, plan, worth) + _held(pieces, observation, worth)
-    for piece in sorted((p for p in pieces if p.pays(worth)), key=lambda p: -p.plan.saved_bytes)[:LARGEST]:
+    before = _peak(pieces, plan) + _held(pieces, observation)
+    for piece in sorted((p for p in pieces if p.pays), key=lambda p: -p.plan.saved_bytes)[:LARGEST]:
         candidate = list(_pieces(observation, plan, parted | {piece.plan.path}))
-        if _peak(candidate, plan, worth) + _held(candidate, observation, worth) < before:
+        if _peak(candidate, plan) + _held(candidate, observation) < before:
             parted.add(piece.plan.path)
             return candidate
     return None
 
 
-def _join(pieces: list[_Piece], plan: Plan, worth: float) -> list[_Piece] | None:
+def _join(pieces: list[_Piece], plan: Plan) -> list[_Piece] | None:
     """The pieces with that pair joined that does most for the predicted peak, None where no pair does any good."""
-    best, best_peak, best_gain = None, _peak(pieces, plan, worth), 0
+    best, best_peak, best_gain = None, _peak(pieces, plan), 0
     for place, (first, second) in enumerate(pairwise(pieces)):
         if not second.follows(first):
             continue
         both = first.joined(second)
-        gain = first.held_bytes(worth) + second.held_bytes(worth) - both.held_bytes(worth)
-        wanted = 0 if first.pays(worth) and second.pays(worth) else worth  # where nothing runs again that did not
+        gain = first.held_bytes + second.held_bytes - both.held_bytes
+        wanted = 0 if first.pays and second.pays else first.worth  # where nothing runs again that did not
         if gain <= wanted:
             continue
         candidate = [*pieces[:place], both, *pieces[place + 2 :]]
-        found = _peak(candidate, plan, worth)
+        found = _peak(candidate, plan)
         if (found, -gain) < (best_peak, -best_gain):
             best, best_peak, best_gain = candidate, found, gain
     return best
 
 
-def _peak(pieces: list[_Piece], plan: Plan, worth: float) -> int:
+def _peak(pieces: list[_Piece], plan: Plan) -> int:
     """What the model would hold at most."""
-    return replace(plan, checkpointed=tuple(piece.plan for piece in pieces if piece.pays(worth))).predicted_bytes
+    return replace(plan, checkpointed=tuple(piece.plan for piece in pieces if piece.pays)).predicted_bytes
 
 
-def _held(pieces: list[_Piece], observation: Observation, worth: float) -> int:
+def _held(pieces: list[_Piece], observation: Observation) -> int:
     """What is held outside of the stages at the end of the forward pass, but for what they hold in any case."""
-    return observation.saved_bytes - sum(p.plan.saved_bytes - p.plan.input_bytes for p in pieces if p.pays(worth))
+    return observation.saved_bytes - sum(p.plan.saved_bytes - p.plan.input_bytes for p in pieces if p.pays)
