@@ -25,7 +25,6 @@ from itertools import product
 import timm.scheduler
 import torch
 from common import RESULTS, Results
-from fidelity import accuracy
 from PIL import Image
 from pretrained import MEAN, STD, cifar10, cifar_resnet, flowers, normalised, vit_small
 from torch import Tensor, nn
@@ -67,11 +66,12 @@ class Method:
 
     Args:
         predictor: None leaves it plain.
-        bits: residue bits; "auto" for the fewest in each block that keep the output within TOLERANCE.
+        bits: residue bits; "auto" for the fewest in each block that keep the output within the tolerance.
         refits: (share of the steps, bits): when the predictors are fitted again, and the bits from then on.
         random_sign: BDIA's.
         checkpointed: the plain model with per-block checkpointing.
         grid: resolution; what blows up needs room, which a coarser grid has.
+        tolerance: relative error of the output, for "auto" bits.
     """
 
     predictor: str | None = None
@@ -80,6 +80,7 @@ class Method:
     random_sign: bool = False
     checkpointed: bool = False
     grid: int = 10
+    tolerance: float = 0.2
 
     def prepare(self, subject: Subject) -> nn.Module:
         """The model to train."""
@@ -97,17 +98,17 @@ class Method:
                 grid=self.grid,
                 random_sign=self.random_sign,
             )
-        return self.refit(revify.convert(model, images[:2], grid=self.grid), subject, self.bits)
+        plan = revify.plan(model, images[:2], grid=self.grid, random_sign=self.random_sign)
+        return self.refit(revify.convert(model, plan=plan), subject, self.bits)
 
     def refit(self, model: nn.Module, subject: Subject, bits: int | str) -> nn.Module:
         """The model with predictors fitted to its present weights."""
         images = subject.train[0][: subject.calibrate]
         predictor = self.predictor or "auto"
-        return revify.calibrate(model, images, predictor=predictor, bits=bits, tolerance=TOLERANCE)
+        return revify.calibrate(model, images, predictor=predictor, bits=bits, tolerance=self.tolerance)
 
 
-CALIBRATED = ("linear", "diagonal")
-TOLERANCE = 0.2
+CALIBRATED = ("linear", "diagonal", "auto")
 METHODS = {
     "plain": Method(),
     "checkpointed": Method(checkpointed=True),
@@ -122,7 +123,13 @@ METHODS = {
 }
 OTHERS = {  # only where they are asked for
     "linear, 2 → 2 bits": Method("linear", 2, refits=((0.8, 2),)),
+    "linear, ±, 2 bits": Method("linear", 2, random_sign=True),
+    "linear, ±, 1 bit": Method("linear", 1, random_sign=True),
+    "linear, ±, 0 bits": Method("linear", 0, random_sign=True),
+    "identity, ±, 4 bits": Method("identity", 4, random_sign=True),
+    "identity, ±, 3 bits": Method("identity", 3, random_sign=True),
     "diagonal, 2 bits": Method("diagonal", 2),
+    "auto, 5 %": Method("auto", "auto", tolerance=0.05),
     "linear, auto bits": Method("linear", "auto"),
     "linear, auto → 4 bits": Method("linear", "auto", refits=((0.5, 4),)),
     "linear, 0 → 0 → 4": Method("linear", 0, refits=((0.15, 0), (0.3, 0), (0.5, 4))),
@@ -262,17 +269,17 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the rows of results/NAME.csv, run what is missing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    columns = {"network": 9, "method": 21, "seed": 4, "accuracy": 8, "reverted": 8, "peak MiB": 8, "step s": 8}
+    scores = ("accuracy", "reverted", "loss", "lossrev", "peak MiB", "step s")
+    columns = {"network": 9, "method": 21, "seed": 4, **dict.fromkeys(scores, 8)}
     kept = Results.read(args.name) if args.resume else []
     results = Results(args.name, columns)
     for name in args.subjects:
         subject = SUBJECTS[name]()
         memory = cache(partial(step_memory, subject))
         own = [row for row in kept if row["network"] == name and row["method"] in EVERY]
-        before = accuracy(subject.create(), *subject.test)
-        results.row(name, "before", "–", before, "–", "–", "–")
+        results.row(name, "before", "–", *judge(subject.create(), subject)[:1], *["–"] * 5)
         for row in own:
-            results.row(*{**row, "peak MiB": memory(row["method"])}.values())
+            results.row(*({**row, "peak MiB": memory(row["method"])}.get(column, "–") for column in columns))
         done = {(row["method"], row["seed"]) for row in own}
         for seed, method in product(args.seeds, args.methods):
             if (method, seed) not in done:
@@ -288,13 +295,22 @@ def run(results: Results, name: str, key: str, subject: Subject, seed: int, memo
     method = EVERY[key]
     try:
         model, seconds = finetune(method.prepare(subject), method, subject, seed)
-        score = accuracy(model, *subject.test)
+        trained = judge(model, subject)
     except revify.GridRangeError:  # the stream ran away: there is no function left
-        results.row(name, key, seed, float("nan"), float("nan"), memory, float("nan"))
+        results.row(name, key, seed, *[float("nan")] * 4, memory, float("nan"))
         return
-    plain = revify.revert(model).eval() if hasattr(model, "revify_plan") else model
-    reverted = accuracy(plain, *subject.test) if plain is not model else score
-    results.row(name, key, seed, score, reverted, memory, seconds)
+    converted = hasattr(model, "revify_plan")
+    reverted = judge(revify.revert(model).eval(), subject) if converted else trained
+    results.row(name, key, seed, trained[0], reverted[0], trained[1], reverted[1], memory, seconds)
+
+
+def judge(model: nn.Module, subject: Subject) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy on the test images."""
+    images, labels = subject.test
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in images.split(250)])
+    found = (logits.argmax(1) == labels).double().mean()
+    return float(found), float(functional.cross_entropy(logits, labels))
 
 
 def step_memory(subject: Subject, key: str) -> float:
@@ -307,20 +323,35 @@ def step_memory(subject: Subject, key: str) -> float:
 
 
 def summarise(results: Results, name: str, methods: list[str]) -> None:
-    """Means over the seeds, in points of accuracy away from plain fine-tuning."""
+    """Means over the seeds, and points of accuracy away from plain fine-tuning with the same seeds, ± standard error."""
 
-    def mean(method: str, column: str) -> float:
-        rows = [row[column] for row in results.rows if (row["network"], row["method"]) == (name, method)]
-        return statistics.mean(value for value in rows if isinstance(value, float))
+    def values(method: str, column: str) -> dict[int, float]:
+        rows = [row for row in results.rows if (row["network"], row["method"]) == (name, method)]
+        return {row["seed"]: row[column] for row in rows if isinstance(row[column], float)}
 
-    results.say(f"\n{name}, means over the seeds; points and ratios against plain:")
+    def away(method: str, column: str, scale: float = 100) -> str:
+        plain, own = values("plain", column), values(method, column)
+        points = [scale * (own[seed] - plain[seed]) for seed in own if seed in plain]
+        if not points:
+            return "–"
+        spread = f" ± {statistics.stdev(points) / len(points) ** 0.5:.2g}" if len(points) > 1 else ""
+        return f"{statistics.mean(points):+.3g}{spread}"
+
+    results.say(f"\n{name}, means over the seeds; points against plain with the same seeds, ± standard error:")
     for method in methods:
-        score, reverted = mean(method, "accuracy"), mean(method, "reverted")
-        reference = mean("plain", "accuracy") if "plain" in methods else float("nan")
+        own = {column: values(method, column) for column in ("accuracy", "reverted", "peak MiB", "step s")}
+        if not own["accuracy"]:
+            continue
+        mean = {column: statistics.mean(found.values()) for column, found in own.items()}
+        ratio = (
+            mean["step s"] / statistics.mean(values("plain", "step s").values()) if values("plain", "step s") else None
+        )
         results.say(
-            f"{method:21}  converted {100 * score:.2f} % ({100 * (score - reference):+.2f}), "
-            f"reverted {100 * reverted:.2f} % ({100 * (reverted - reference):+.2f}), peak {mean(method, 'peak MiB'):.1f} MiB"
-            + (f", step {mean(method, 'step s') / mean('plain', 'step s'):.2f}×" if "plain" in methods else "")
+            f"{method:21}  {len(own['accuracy'])} seeds: "
+            f"converted {100 * mean['accuracy']:.2f} % ({away(method, 'accuracy')}), "
+            f"reverted {100 * mean['reverted']:.2f} % ({away(method, 'reverted')}), "
+            f"loss {away(method, 'loss', 1)}, {away(method, 'lossrev', 1)}, peak {mean['peak MiB']:.1f} MiB"
+            + (f", step {ratio:.2f}×" if ratio else "")
         )
     results.say("")
 

@@ -5,7 +5,8 @@ block by block, q is fitted by ridge least squares to
 
     (T(z[k]) + γ z[k-1] − x*[k+1]) / γ,        x* the original network's own trajectory,
 
-so that each step also repairs the drift of the steps before it. A position counts by how much the model's output depends on
+so that each step also repairs the drift of the steps before it. With a random sign of γ there is no drift to repair, and
+the target is z[k-1] itself, on trajectories with such signs. A position counts by how much the model's output depends on
 it, √|∂y/∂x*[k+1]|² on average over some images: a ViT's class token counts for more than one of its patches.
 Along the depth only three stream values an image are kept.
 """
@@ -30,6 +31,7 @@ from revify.surveying import (
     Forecasts,
     Survey,
     Walk,
+    drawing_signs,
     find_importance,
     first_of,
     run_block,
@@ -116,7 +118,8 @@ def calibrate(
     batches = _batches(plain, data)
     request = Request(predictor, bits, rank, tolerance, progress or _silent)
     fitted: Forecasts = {}
-    with _in_eval_mode(plain), torch.no_grad():
+    with _in_eval_mode(plain), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # of the random signs, if there are any
         importance = find_importance(apply_plan(plain, plan), plan, batches[0][:LOOK])
         survey = survey_original(plain, plan, batches, importance)
         for number in range(len(plan.stages)):
@@ -158,7 +161,8 @@ def _settle_stage(
         walks = [replace(walk) for walk in start]
         trial, forecasts, worst = _fit_stage(plain, stage, plan.grid, request, walks, survey, damage)
         trial_plan = replace(plan, stages=(*plan.stages[:number], trial, *plan.stages[number + 1 :]))
-        partial_model = apply_plan(plain, _upto(trial_plan, number + 1), forecasts={**fitted, **forecasts})
+        upto = _upto(trial_plan, number + 1)
+        partial_model = drawing_signs(apply_plan(plain, upto, forecasts={**fitted, **forecasts}), upto)
         seen = batches[:SEEN]
         found = deviation((partial_model(x) for x in seen), survey.outputs[: len(seen)])
         request.progress(

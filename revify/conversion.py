@@ -127,7 +127,7 @@ def convert(
 
     Args:
         model: the plain model.
-        example: as for `plan`.
+        example: as for `plan`; without it, where the calibration images are one batch, two of them.
         plan: do exactly this plan; the other options are then those of the plan.
         calibration: images for `calibrate`, which fits the predictors; a batch [n, …] or an iterable of batches.
         predictor: "identity" (the default) or "midpoint"; with calibration one of `calibrate`'s, by default "auto".
@@ -135,7 +135,7 @@ def convert(
             fewest in each block that keep the model's output.
         grid: as for `plan`.
         transitions: as for `plan`.
-        random_sign: as for `plan`; not with calibration.
+        random_sign: as for `plan`.
         unit: as for `plan`; "branch" not with calibration.
         streams: as for `plan`; "split" not with calibration. Layers that are cut have parameters of their own.
         coupling: as for `plan`.
@@ -151,10 +151,6 @@ def convert(
         Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of docs/method.md.
     """
     check_model(model)
-    if random_sign and calibration is not None:
-        raise RevifyError(
-            "random_sign is for fixed predictors: a calibrated one is fitted to γ > 0. Leave one of them out."
-        )
     if calibration is not None and (unit == "branch" or (plan is not None and plan.is_cut)):
         raise RevifyError(
             'unit="branch" is for fixed predictors: predictors are fitted to whole blocks. Leave one out.'
@@ -165,6 +161,8 @@ def convert(
         )
     fixed = _fixed_options(calibration is not None, predictor, bits)
     if plan is None:
+        if example is None and isinstance(calibration, Tensor):
+            example = calibration[:2]
         plan = _plan(
             model,
             example,

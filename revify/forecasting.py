@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from revify.fitting import Sums, fit_dense, fit_diagonal, reduce_rank, subtract, take
 from revify.plans import BlockPlan, StagePlan
 from revify.predictors import hold_forecast, make_predictor
-from revify.stream import Grid, step
+from revify.stream import Grid, random_signs, step
 from revify.surveying import Walk, by_position, run_block
 
 COST = 0.10  # of a block's multiply-adds that "auto" may spend on its predictor
@@ -48,7 +48,8 @@ def fit_block(
     sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
     images = 0
     for walk in walks:
-        goal = (walk.t + gamma * walk.older - walk.aim) / gamma - walk.z
+        wanted = walk.older if stage.random_sign else walk.older + (walk.t - walk.aim) / gamma
+        goal = wanted - walk.z
         for half, part in enumerate(sums):
             rows = slice((half + images) % 2, None, 2)
             x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
@@ -61,7 +62,8 @@ def fit_block(
     following: list[Tensor] = []
     for walk in walks:
         gap, late = walk.older - forecast.before(walk.z), forecast.after(walk.t)
-        following.append(step(walk.t, gap if late is None else gap - late, bits, grid)[0])
+        sign = random_signs(walk.z) if stage.random_sign else None
+        following.append(step(walk.t, gap if late is None else gap - late, bits, grid, sign)[0])
     return tensors, following
 
 

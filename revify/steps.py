@@ -22,7 +22,7 @@ from revify.predictors import Predictor
 from revify.replay import SideInputs, version
 from revify.reruns import Rerun
 from revify.runtime import Entry, StageRule, Tape, saves_nothing
-from revify.stream import Gap, Join, OnGrid, Resume
+from revify.stream import Gap, Join, OnGrid, Resume, random_signs
 
 
 class Step:
@@ -91,7 +91,7 @@ class Step:
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come, and the block's other results."""
         args, kwargs = side
-        sign = self._draw_sign(z) if older is not None and self.rule.random_sign else None
+        sign = random_signs(z) if older is not None and self.rule.random_sign else None
         recorded = saves_nothing()
         if recorded:
             rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, None, branch_dtype, *args), kwargs))
@@ -113,11 +113,6 @@ class Step:
         if recorded:
             tape.advance(self.index, t, value, residue)
         return value, others
-
-    def _draw_sign(self, z: Tensor) -> Tensor:
-        """±1 for each sample, from the user's random numbers (BDIA, Zhang et al. 2025)."""
-        coins = torch.randint(0, 2, (len(z), *(1,) * (z.dim() - 1)), device=z.device)
-        return coins.to(z.dtype) * 2 - 1
 
     def _branch(
         self,

@@ -131,6 +131,12 @@ class Join(Function):
         return grad, grad, late, None, None, None
 
 
+def random_signs(z: Tensor) -> Tensor:
+    """±1 for each sample of z [n, …] as [n, 1, …], from the CPU's random numbers (BDIA, Zhang et al. 2025)."""
+    coins = torch.randint(0, 2, (len(z), *(1,) * (z.dim() - 1)))
+    return (coins * 2 - 1).to(z)
+
+
 def gain(bits: int, sign: Tensor | None) -> Tensor | float | None:
     """γ = ±2^-b, None where that is 1."""
     gamma = 2.0**-bits

@@ -141,7 +141,7 @@ def start_walks(
     plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Tensor], survey: Survey
 ) -> list[Walk]:
     """Every batch at the entrance of a stage, in the converted model so far and in the original."""
-    converted = apply_plan(plain, upstream, forecasts=fitted) if upstream.stages else None
+    converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted), upstream) if upstream.stages else None
     grid, first = Grid(upstream.grid), stage.blocks[0]
     walks = []
     for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
@@ -149,6 +149,14 @@ def start_walks(
         z = grid.round(original if converted is None else _arriving(converted, first, x))
         walks.append(Walk(z, z, original, sides))
     return walks
+
+
+def drawing_signs(converted: nn.Module, plan: Plan) -> nn.Module:
+    """The same model in eval mode, its blocks of random sign coupled nevertheless: there they would be the plain ones."""
+    for stage in plan.stages:
+        for planned in stage.blocks if stage.random_sign else ():
+            converted.get_submodule(planned.path).training = True  # of the block alone: its children stay in eval mode
+    return converted
 
 
 def _arriving(model: nn.Module, block: BlockPlan, x: Tensor) -> Tensor:

@@ -31,12 +31,13 @@ def draw_plan(plan: Plan) -> str:
         if stage.coupling:
             ways = Counter(half.how for block in stage.blocks for half in block.halves)
             cut = f", branches: {', '.join(f'{count} {way}' for way, count in ways.items())}"
+        forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{' ±' if stage.random_sign else ''}"
         table.add_row(
             str(number),
             f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",
             "×".join(map(str, stage.shape[1:])),
             ", ".join(sorted({b.shortcut for b in stage.blocks})),
-            stage.coupling or (f"{stage.predictor} {stage.rank}" if stage.rank else stage.predictor),
+            stage.coupling or forecast,
             stage.bits_text,
             "–" if stage.deviation is None else f"{stage.deviation:.4f}",
             f"{stage.saved_bytes / 2**20:.1f}",

@@ -168,6 +168,11 @@ def test_batches_may_come_one_by_one_with_labels(model: nn.Module, images: Tenso
         torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)  # sums in another order
 
 
+def test_one_batch_is_the_example_too(model: nn.Module, images: Tensor) -> None:
+    converted = revify.convert(model, calibration=images, predictor="diagonal", bits=1)  # the net says no input size
+    assert converted.revify_plan.stages[0].shape == (2, 8, 8, 8)
+
+
 def test_fewer_positions_than_channels_is_no_harm() -> None:
     torch.manual_seed(0)
     net = Smooth(channels=24).eval()

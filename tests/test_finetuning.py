@@ -484,6 +484,17 @@ def test_a_schedule_of_bits_is_kept_and_resumed(
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def test_with_random_signs_the_trained_model_is_the_plain_one(images: Path, tmp_path: Path) -> None:
+    asked = {"calibrate": 8, "predictor": "diagonal", "bits": 2, "random_sign": True}
+    result = finetune(recipe(images, tmp_path / "whole", **asked))
+    assert result.outcome("converted").accuracy == result.outcome("reverted").accuracy
+    assert load(tmp_path / "whole" / "best.safetensors").revify_plan.stages[0].random_sign
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(images, tmp_path / "cut", **asked), InterruptAfter(1))
+    finetune(recipe(images, tmp_path / "cut", resume=True, **asked))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
 @pytest.mark.parametrize("schedule", [((0, 2),), ((3, 2),), ((2, 1), (1, 0)), ((1, 9),)])
 def test_schedules_that_make_no_sense(schedule: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(RevifyError, match="expected pairs"):

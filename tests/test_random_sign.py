@@ -9,6 +9,7 @@ from asserts import assert_same, run
 from torch import Tensor, nn
 
 import revify
+from revify.surveying import drawing_signs
 
 
 @pytest.fixture
@@ -59,6 +60,49 @@ def test_eval_mode_is_the_plain_model(model: nn.Module, images: Tensor) -> None:
     assert model.blocks[0].attn.qkv.weight.grad is not None
 
 
-def test_refused_with_calibration(model: nn.Module, images: Tensor) -> None:
-    with pytest.raises(revify.RevifyError, match="random_sign is for fixed predictors"):
-        revify.convert(model, calibration=images, random_sign=True)
+@pytest.mark.parametrize("bits", [0, 2])
+def test_fitted_predictors_change_less(model: nn.Module, images: Tensor, bits: int) -> None:
+    model.eval()
+    fixed = revify.convert(model, bits=bits, random_sign=True)
+    fitted = revify.convert(model, calibration=images, predictor="diagonal", bits=bits, random_sign=True)
+    with torch.no_grad():
+        wanted = model(images)
+        assert torch.equal(fitted(images), wanted)  # eval mode is the plain model
+        changes = [
+            torch.stack([form(images) - wanted for _ in range(8)]).norm() for form in (signed(fixed), signed(fitted))
+        ]
+    assert changes[1] < 0.9 * changes[0]
+
+
+def test_gradients_with_fitted_predictors(model: nn.Module, images: Tensor) -> None:
+    converted = revify.convert(model, calibration=images, predictor="linear", bits=1, random_sign=True)
+    assert_same(run(converted, [images]), run(converted, [images], plain=True))
+
+
+def test_calibration_takes_none_of_the_users_random_numbers(model: nn.Module, images: Tensor) -> None:
+    converted = revify.convert(model, random_sign=True)
+    state = torch.get_rng_state()
+    first = revify.calibrate(converted, images, predictor="diagonal", bits=1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(7)
+    second = revify.calibrate(converted, images, predictor="diagonal", bits=1)
+    assert_same(first.state_dict(), second.state_dict())
+
+
+def test_auto_bits_allow_for_the_noise(model: nn.Module, images: Tensor) -> None:
+    model.eval()
+    means, deviations = [], []
+    for tolerance in (0.3, 0.02):
+        converted = revify.calibrate(
+            revify.convert(model, random_sign=True), images, predictor="diagonal", bits="auto", tolerance=tolerance
+        )
+        plan = converted.revify_plan
+        means.append(sum(plan.stages[0].step_bits[1:]))
+        deviations.append(plan.stages[-1].deviation)
+        assert 0 < deviations[-1] <= tolerance
+    assert means[0] < means[1]
+
+
+def signed(converted: nn.Module) -> nn.Module:
+    """In eval mode but for the coupling."""
+    return drawing_signs(converted.eval(), converted.revify_plan)
