@@ -122,6 +122,7 @@ METHODS = {
     "BDIA": Method("midpoint", 1, random_sign=True, grid=6),
 }
 OTHERS = {  # only where they are asked for
+    "linear, 1 → 4 bits": Method("linear", 1, refits=((0.8, 4),)),
     "linear, 2 → 2 bits": Method("linear", 2, refits=((0.8, 2),)),
     "linear, ±, 2 bits": Method("linear", 2, random_sign=True),
     "linear, ±, 1 bit": Method("linear", 1, random_sign=True),

@@ -40,6 +40,9 @@ from revify.surveying import (
 )
 
 CHUNK = 32  # images that run at a time where one large batch is given
+RIDGE = (
+    0.3  # of the channels' variance: fine-tuning changes a stream by less, but in directions in which it varies little
+)
 TOLERANCE = 0.05  # relative change of the model's output that bits="auto" allows
 
 LOOK = 8  # images on which it is found what the output depends on
@@ -57,6 +60,7 @@ class Request:
     bits: int | str | None
     rank: int | None
     tolerance: float
+    ridge: float
     progress: Progress
 
 
@@ -68,6 +72,7 @@ def calibrate(
     bits: int | str | None = None,
     rank: int | None = None,
     tolerance: float = TOLERANCE,
+    ridge: float = RIDGE,
     trainable: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -90,6 +95,8 @@ def calibrate(
             keep those of the model's plan.
         rank: of "lowrank"; None for the largest whose cost is a tenth of the block's.
         tolerance: for bits="auto", the relative error of the model's output on the data.
+        ridge: the least with which the part of the fit that mixes channels is pulled to nothing, ≥ 0, relative to the
+            channels' variance. A low one suits the network as it is, a higher one what training makes of it.
         trainable: hold what was fitted as parameters instead of buffers.
         progress: called with a line of text now and then.
 
@@ -113,10 +120,10 @@ def calibrate(
             f'{type(model).__name__} was converted with unit="branch", and predictors are fitted to whole blocks: convert '
             'the plain model with unit="block", then calibrate it.'
         )
-    _check_options(predictor, bits, tolerance)
+    _check_options(predictor, bits, tolerance, ridge)
     plain = remove_plan(model)
     batches = _batches(plain, data)
-    request = Request(predictor, bits, rank, tolerance, progress or _silent)
+    request = Request(predictor, bits, rank, tolerance, ridge, progress or _silent)
     fitted: Forecasts = {}
     with _in_eval_mode(plain), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # of the random signs, if there are any
@@ -212,7 +219,9 @@ def _fit_stage(
             importance = survey.importance[planned.path]
             own = stage.bits if planned.bits is None else planned.bits
             for bits in (own,) if damage is None else range(MAX_BITS + 1):
-                forecasts[planned.path], following = fit_block(stage, bits, walks, importance.weights, grid)
+                forecasts[planned.path], following = fit_block(
+                    stage, bits, walks, importance.weights, grid, request.ridge
+                )
                 if damage is None:
                     break
                 added = added_damage(walks, following, importance.energy) / size
@@ -263,7 +272,7 @@ def _silent(_: str) -> None:
     return None
 
 
-def _check_options(predictor: str, bits: int | str | None, tolerance: float) -> None:
+def _check_options(predictor: str, bits: int | str | None, tolerance: float, ridge: float) -> None:
     if predictor not in ("auto", *CALIBRATED):
         raise RevifyError(f"predictor={predictor!r} cannot be calibrated: choose auto, {', '.join(CALIBRATED)}.")
     in_range = isinstance(bits, int) and not isinstance(bits, bool) and 0 <= bits <= MAX_BITS
@@ -271,3 +280,5 @@ def _check_options(predictor: str, bits: int | str | None, tolerance: float) -> 
         raise RevifyError(f'bits={bits!r}: give a whole number from 0 to {MAX_BITS}, or "auto".')
     if not tolerance > 0:
         raise RevifyError(f"tolerance={tolerance!r}: give a relative error above 0, for example {TOLERANCE}.")
+    if not 0 <= ridge < math.inf:
+        raise RevifyError(f"ridge={ridge!r}: give a number from 0 upward, for example {RIDGE}.")

@@ -80,9 +80,12 @@ class Fit:
     ridge: float = 0.0
 
 
-def fit_dense(train: Sums, held_out: Sums) -> Fit:
-    """Every target from every feature; the ridge is the best on the left-out positions, then all positions are used."""
-    return _fit(_solve, train, held_out)
+def fit_dense(train: Sums, held_out: Sums, least: float = 0.0) -> Fit:
+    """Every target from every feature.
+
+    The ridge is the best on the left-out positions, but no less than `least`; then all positions are used.
+    """
+    return _fit(_solve, train, held_out, least)
 
 
 def fit_diagonal(train: Sums, held_out: Sums) -> Fit:
@@ -90,13 +93,13 @@ def fit_diagonal(train: Sums, held_out: Sums) -> Fit:
     return _fit(_solve_diagonal, train, held_out)
 
 
-def _fit(solve: Callable[[Sums, float], Fit], train: Sums, held_out: Sums) -> Fit:
+def _fit(solve: Callable[[Sums, float], Fit], train: Sums, held_out: Sums, least: float = 0.0) -> Fit:
     if held_out.count == 0:
-        return solve(train, UNCHECKED_RIDGE)
-    fits = [solve(train, ridge) for ridge in RIDGES]
+        return solve(train, max(UNCHECKED_RIDGE, least))
+    ridges = sorted({max(ridge, least) for ridge in RIDGES})
+    fits = [solve(train, ridge) for ridge in ridges]
     errors = [held_out.error(fit.weight, fit.shift) for fit in fits]
-    best = errors.index(min(errors))
-    return solve(train + held_out, RIDGES[best])
+    return solve(train + held_out, ridges[errors.index(min(errors))])
 
 
 def reduce_rank(fit: Fit, sums: Sums, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,7 @@ def multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
 
 
 def fit_block(
-    stage: StagePlan, bits: int, walks: list[Walk], weights: Tensor, grid: Grid
+    stage: StagePlan, bits: int, walks: list[Walk], weights: Tensor, grid: Grid, ridge: float
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The tensors of one block's forecast at these bits, and the stream values that follow."""
     assert stage.axis is not None  # the caller asked
@@ -55,7 +55,7 @@ def fit_block(
             x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
             part.add(x, by_position(goal[rows], axis), weights.repeat(len(x) // len(weights)))
         images += len(walk.z)
-    tensors = _forecast(sums, stage, channels, walks[0].z.device)
+    tensors = _forecast(sums, stage, channels, walks[0].z.device, ridge)
     holder = nn.Module()
     hold_forecast(holder, tensors)
     forecast = make_predictor(stage.predictor, holder, axis, grid)
@@ -76,7 +76,9 @@ def added_damage(walks: list[Walk], following: list[Tensor], energy: float) -> f
     return energy**0.5 * (left**0.5 - came**0.5)
 
 
-def _forecast(sums: list[Sums], stage: StagePlan, channels: int, device: torch.device) -> dict[str, Tensor]:
+def _forecast(
+    sums: list[Sums], stage: StagePlan, channels: int, device: torch.device, ridge: float
+) -> dict[str, Tensor]:
     """The tensors of one block's forecast, q − z being fitted to features [z, T(z)] of two halves of the images."""
     diagonal = fit_diagonal(*sums)
     pick = torch.arange(channels)
@@ -88,7 +90,7 @@ def _forecast(sums: list[Sums], stage: StagePlan, channels: int, device: torch.d
     if stage.predictor != "diagonal":
         features = slice(None) if stage.predictor == "linear" else slice(0, channels)
         rest = [take(subtract(part, diagonal), features) for part in sums]
-        dense = fit_dense(*rest)
+        dense = fit_dense(rest[0], rest[1], ridge)
         shift = dense.shift
         if stage.predictor == "lowrank":
             tensors["up"], tensors["down"], shift = reduce_rank(dense, rest[0] + rest[1], stage.rank)

@@ -168,6 +168,18 @@ def test_batches_may_come_one_by_one_with_labels(model: nn.Module, images: Tenso
         torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)  # sums in another order
 
 
+@pytest.mark.parametrize("predictor", ["lowrank", "linear_z", "linear"])
+def test_a_higher_ridge_mixes_less(model: nn.Module, images: Tensor, predictor: str) -> None:
+    converted = revify.convert(model, images, bits=1)
+    sizes = []
+    for ridge in (0, 1, 1e6):
+        held = dict(revify.calibrate(converted, images, predictor=predictor, ridge=ridge).blocks[2].named_buffers())
+        mixing = held["revify_up"] @ held["revify_down"] if predictor == "lowrank" else held["revify_weight"]
+        sizes.append(mixing.norm())
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[2] < 1e-4
+
+
 def test_one_batch_is_the_example_too(model: nn.Module, images: Tensor) -> None:
     converted = revify.convert(model, calibration=images, predictor="diagonal", bits=1)  # the net says no input size
     assert converted.revify_plan.stages[0].shape == (2, 8, 8, 8)
@@ -235,5 +247,7 @@ def test_refusals(model: nn.Module, images: Tensor) -> None:
         revify.calibrate(converted, [])
     with pytest.raises(revify.RevifyError, match="tolerance=0: give a relative error above 0"):
         revify.calibrate(converted, images, tolerance=0)
+    with pytest.raises(revify.RevifyError, match="ridge=-1: give a number from 0 upward"):
+        revify.calibrate(converted, images, ridge=-1)
     with pytest.raises(revify.RevifyError, match=r"this is fitted on images\. Pass some"):
         revify.convert(model, images, bits="auto")

@@ -53,6 +53,14 @@ def test_ridge_grows_when_there_are_fewer_positions_than_features() -> None:
     assert (fresh @ fit.weight).square().mean() < 0.2  # pure noise: the fit must stay near nothing
 
 
+def test_the_ridge_is_no_less_than_asked() -> None:
+    x, y = data()
+    fits = [fit_dense(sums_of(x[::2], y[::2]), sums_of(x[1::2], y[1::2]), least) for least in (0.0, 0.3, 50.0)]
+    assert [fit.ridge for fit in fits] == [1e-5, 0.3, 50.0]  # the last beyond all that are tried
+    sizes = [(x @ fit.weight).var(0).sum() for fit in fits]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_diagonal_is_least_squares_per_channel(groups: int) -> None:
     channels = 3
