@@ -68,7 +68,7 @@ class Method:
         predictor: None leaves it plain.
         bits: residue bits; "auto" for the fewest in each block that keep the output within the tolerance.
         refits: (share of the steps, bits): when the predictors are fitted again, and the bits from then on.
-        random_sign: BDIA's.
+        sign: of γ.
         checkpointed: the plain model with per-block checkpointing.
         grid: resolution; what blows up needs room, which a coarser grid has.
         tolerance: relative error of the output, for "auto" bits.
@@ -77,7 +77,7 @@ class Method:
     predictor: str | None = None
     bits: int | str = 0
     refits: tuple[tuple[float, int], ...] = ()
-    random_sign: bool = False
+    sign: str | None = None
     checkpointed: bool = False
     grid: int = 10
     tolerance: float = 0.2
@@ -96,9 +96,9 @@ class Method:
                 predictor=self.predictor,
                 bits=int(self.bits),
                 grid=self.grid,
-                random_sign=self.random_sign,
+                sign=self.sign,
             )
-        plan = revify.plan(model, images[:2], grid=self.grid, random_sign=self.random_sign)
+        plan = revify.plan(model, images[:2], grid=self.grid, sign=self.sign)
         return self.refit(revify.convert(model, plan=plan), subject, self.bits)
 
     def refit(self, model: nn.Module, subject: Subject, bits: int | str) -> nn.Module:
@@ -112,23 +112,24 @@ CALIBRATED = ("linear", "diagonal", "auto")
 METHODS = {
     "plain": Method(),
     "checkpointed": Method(checkpointed=True),
-    "identity, 4 bits": Method("identity", 4),
+    "identity, 4 bits": Method("identity", 4, sign="balanced"),
     "linear, 2 bits": Method("linear", 2),
     "linear, 2 → 4 bits": Method("linear", 2, refits=((0.8, 4),)),
     "linear, 1 bit": Method("linear", 1),
     "linear, 0 bits": Method("linear", 0),
     "linear, 0 → 4 bits": Method("linear", 0, refits=((0.5, 4),)),
-    "rewired (Re2TAL)": Method("identity", 0, grid=6),
-    "BDIA": Method("midpoint", 1, random_sign=True, grid=6),
+    "rewired (Re2TAL)": Method("identity", 0, grid=6, sign="positive"),
+    "BDIA": Method("midpoint", 1, sign="random", grid=6),
 }
 OTHERS = {  # only where they are asked for
     "linear, 1 → 4 bits": Method("linear", 1, refits=((0.8, 4),)),
     "linear, 2 → 2 bits": Method("linear", 2, refits=((0.8, 2),)),
-    "linear, ±, 2 bits": Method("linear", 2, random_sign=True),
-    "linear, ±, 1 bit": Method("linear", 1, random_sign=True),
-    "linear, ±, 0 bits": Method("linear", 0, random_sign=True),
-    "identity, ±, 4 bits": Method("identity", 4, random_sign=True),
-    "identity, ±, 3 bits": Method("identity", 3, random_sign=True),
+    "linear, ±, 2 bits": Method("linear", 2, sign="random"),
+    "linear, ±, 1 bit": Method("linear", 1, sign="random"),
+    "linear, ±, 0 bits": Method("linear", 0, sign="random"),
+    "identity +, 4 bits": Method("identity", 4, sign="positive"),
+    "identity, 3 bits": Method("identity", 3, sign="balanced"),
+    "identity, 2 bits": Method("identity", 2, sign="balanced"),
     "diagonal, 2 bits": Method("diagonal", 2),
     "auto, 5 %": Method("auto", "auto", tolerance=0.05),
     "linear, auto bits": Method("linear", "auto"),

@@ -123,6 +123,7 @@ def calibrate(
     _check_options(predictor, bits, tolerance, ridge)
     plain = remove_plan(model)
     batches = _batches(plain, data)
+    plan = replace(plan, stages=tuple(_fitted_sign(stage) for stage in plan.stages))
     request = Request(predictor, bits, rank, tolerance, ridge, progress or _silent)
     fitted: Forecasts = {}
     with _in_eval_mode(plain), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -234,6 +235,11 @@ def _fit_stage(
         for walk, z in zip(walks, following, strict=True):
             walk.older, walk.z, walk.original = walk.z, z, walk.aim
     return stage, forecasts, worst
+
+
+def _fitted_sign(stage: StagePlan) -> StagePlan:
+    """What is fitted repairs the change of the function itself, so that no signs need to balance it."""
+    return replace(stage, sign="positive") if stage.sign == "balanced" else stage
 
 
 def _upto(plan: Plan, number: int) -> Plan:

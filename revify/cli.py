@@ -157,7 +157,7 @@ def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `revify.convert` that were given."""
     from revify.parts import find_coupling
 
-    names = ("predictor", "bits", "grid", "transitions", "unit", "random_sign", "streams", "coupling")
+    names = ("predictor", "bits", "grid", "transitions", "unit", "sign", "streams", "coupling")
     given = {name: getattr(options, name, None) for name in names}
     if given["coupling"] is not None:
         given["coupling"] = find_coupling(given["coupling"])

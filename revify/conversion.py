@@ -29,6 +29,7 @@ PredictorName = Literal["identity", "midpoint", "zero", "output"]
 Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
 Streams = Literal["full", "split"]
+Sign = Literal["positive", "balanced", "random"]
 
 
 def plan(
@@ -39,7 +40,7 @@ def plan(
     bits: int = DEFAULT_BITS,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "checkpoint",
-    random_sign: bool = False,
+    sign: Sign | None = None,
     unit: Unit = "block",
     streams: Streams = "full",
     coupling: Formula = additive,
@@ -65,8 +66,10 @@ def plan(
             lowers the peak; "keep" leaves it to ordinary autograd, which is faster.
         unit: "branch" makes each residual addition of a pre-norm block a step of its own, so that only one branch's
             activations live at a time; with predictor="identity" and bits=0 this is Rev-ViT. "block": whole blocks.
-        random_sign: γ = ±2^-bits at random for each sample and step in training, so that the change of the function is
-            zero on average, and the plain blocks in eval mode (BDIA, Zhang et al. 2025, with midpoint and one bit).
+        sign: of γ = ±2^-bits. "balanced": + − − + + − − … over the blocks, so that changes of neighbours cancel, the
+            default for "identity" with bits; "positive": the default for all else; "random": for each sample and step
+            in training, so that the change is zero on average, and the plain blocks in eval mode (BDIA, Zhang et al.
+            2025, with midpoint and one bit).
         streams: "split" makes the two halves of the channels the streams, and the blocks' branches F and G, cut to half
             their input and output channels, or lifted where they cannot be cut (the plan says which). This is another
             function with weights of its own, to be trained from scratch or distilled: RevNet. It has no predictor,
@@ -80,12 +83,10 @@ def plan(
         RefusalError: the model is already converted, wrapped, compiled or checkpointed, or does not run on the example.
         RevifyError: an option is out of its range.
     """
-    check_options(predictor, bits, grid, transitions)
+    check_options(predictor, bits, grid, transitions, sign)
     if unit not in ("block", "branch"):
         raise RevifyError(f'unit={unit!r} is not known: choose "block" or "branch".')
-    check_streams(
-        streams, coupling, plain=(predictor, bits, unit, random_sign) == ("identity", DEFAULT_BITS, "block", False)
-    )
+    check_streams(streams, coupling, plain=(predictor, bits, unit, sign) == ("identity", DEFAULT_BITS, "block", None))
     check_model(model)
     made = make_plan(
         model,
@@ -97,7 +98,10 @@ def plan(
         unit=unit,
         coupling=coupling if streams == "split" else None,
     )
-    return replace(made, stages=tuple(replace(stage, random_sign=random_sign) for stage in made.stages))
+    if streams == "split":
+        return made
+    sign = sign or ("balanced" if predictor == "identity" and bits > 0 else "positive")
+    return replace(made, stages=tuple(replace(stage, sign=sign) for stage in made.stages))
 
 
 def convert(
@@ -110,7 +114,7 @@ def convert(
     bits: int | Literal["auto"] | None = None,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "checkpoint",
-    random_sign: bool = False,
+    sign: Sign | None = None,
     unit: Unit = "block",
     streams: Streams = "full",
     coupling: Formula = additive,
@@ -135,7 +139,7 @@ def convert(
             fewest in each block that keep the model's output.
         grid: as for `plan`.
         transitions: as for `plan`.
-        random_sign: as for `plan`.
+        sign: as for `plan`; with calibration "positive" (the default) or "random".
         unit: as for `plan`; "branch" not with calibration.
         streams: as for `plan`; "split" not with calibration. Layers that are cut have parameters of their own.
         coupling: as for `plan`.
@@ -159,6 +163,10 @@ def convert(
         raise RevifyError(
             'streams="split" has no predictor to calibrate: it is trained from scratch or distilled. Leave one out.'
         )
+    if calibration is not None and sign == "balanced":
+        raise RevifyError(
+            'sign="balanced" is for fixed predictors: what is fitted repairs the change itself. Leave one out.'
+        )
     fixed = _fixed_options(calibration is not None, predictor, bits)
     if plan is None:
         if example is None and isinstance(calibration, Tensor):
@@ -169,7 +177,7 @@ def convert(
             **fixed,
             grid=grid,
             transitions=transitions,
-            random_sign=random_sign,
+            sign=sign,
             unit=unit,
             streams=streams,
             coupling=coupling,

@@ -48,7 +48,7 @@ def fit_block(
     sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
     images = 0
     for walk in walks:
-        wanted = walk.older if stage.random_sign else walk.older + (walk.t - walk.aim) / gamma
+        wanted = walk.older if stage.sign == "random" else walk.older + (walk.t - walk.aim) / gamma
         goal = wanted - walk.z
         for half, part in enumerate(sums):
             rows = slice((half + images) % 2, None, 2)
@@ -62,7 +62,7 @@ def fit_block(
     following: list[Tensor] = []
     for walk in walks:
         gap, late = walk.older - forecast.before(walk.z), forecast.after(walk.t)
-        sign = random_signs(walk.z) if stage.random_sign else None
+        sign = random_signs(walk.z) if stage.sign == "random" else None
         following.append(step(walk.t, gap if late is None else gap - late, bits, grid, sign)[0])
     return tensors, following
 

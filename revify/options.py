@@ -109,10 +109,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--transitions", metavar="MODE", help="what lies outside of the stages: checkpoint (default) or keep"
     )
     group.add_argument(
-        "--random-sign",
-        action="store_true",
-        default=None,
-        help="γ of random sign in training, so that the change is zero on average, and none in eval mode (BDIA)",
+        "--sign",
+        metavar="NAME",
+        help="of the coupling: positive, balanced (+ − − + over the blocks), or random in training and none in eval mode",
     )
     group.add_argument(
         "--unit", metavar="UNIT", help="what a step is: block, or branch (attention and MLP each on their own)"

@@ -81,7 +81,8 @@ class StagePlan:
         stream_bytes: of one stream value.
         bits: residue bits per element and step, 0…8, of the blocks that say nothing else.
         predictor: of the previous stream value.
-        random_sign: γ = ±2^-b at random for each sample and step in training, and the plain blocks in eval mode.
+        sign: of γ = ±2^-b: "positive"; "balanced", + − − + + over the steps; or "random" for each sample and step in
+            training, with the plain blocks in eval mode.
         axis: which axis of the stream is the channels', None where that could not be found.
         rank: of a low-rank predictor, else 0.
         deviation: relative error of the model's output on the calibration data with the stages up to this one
@@ -95,7 +96,7 @@ class StagePlan:
     stream_bytes: int
     bits: int
     predictor: str
-    random_sign: bool = False
+    sign: str = "positive"
     axis: int | None = None
     rank: int = 0
     deviation: float | None = None
@@ -263,7 +264,7 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
         "stages": tuple(
             StagePlan(
                 **{
-                    **stage,
+                    **_with_sign(stage),
                     "shape": tuple(stage["shape"]),
                     "blocks": tuple(_restored_block(block) for block in stage["blocks"]),
                 }
@@ -273,6 +274,14 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
         "checkpointed": tuple(CheckpointPlan(**_tuples(c)) for c in fields["checkpointed"]),
         "refusals": tuple(Refusal(**r) for r in fields["refusals"]),
     }
+
+
+def _with_sign(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage as written before there was more than one sign of γ, as it is written now."""
+    if "random_sign" not in stage:
+        return stage
+    rest = {name: value for name, value in stage.items() if name != "random_sign"}
+    return {**rest, "sign": "random" if stage["random_sign"] else "positive"}
 
 
 def _restored_block(fields: dict[str, Any]) -> BlockPlan:

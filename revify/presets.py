@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from revify.algebra.formulas import Formula
-from revify.conversion import PredictorName, Streams, Unit
+from revify.conversion import PredictorName, Sign, Streams, Unit
 from revify.couplings import additive
 
 
@@ -24,7 +24,7 @@ class Options(TypedDict):
     predictor: PredictorName
     bits: int
     unit: Unit
-    random_sign: bool
+    sign: Sign
 
 
 class SplitOptions(TypedDict):
@@ -43,7 +43,7 @@ class Preset:
         predictor: q.
         bits: b; the gain is γ = 2^-b.
         unit: what one step is.
-        random_sign: whether γ is ±2^-b at random.
+        sign: of γ.
         differs: what the paper does that this does not, or the other way round.
     """
 
@@ -51,7 +51,7 @@ class Preset:
     predictor: PredictorName
     bits: int
     unit: Unit = "block"
-    random_sign: bool = False
+    sign: Sign = "positive"
     differs: str = "the stream is held on a grid, so that gradients are exact"
 
     @property
@@ -61,7 +61,7 @@ class Preset:
             "predictor": self.predictor,
             "bits": self.bits,
             "unit": self.unit,
-            "random_sign": self.random_sign,
+            "sign": self.sign,
         }
 
 
@@ -118,7 +118,7 @@ bdia = Preset(
     "Zhang et al. 2024, On exact bit-level reversible transformers without changing architecture, arXiv 2407.09093",
     predictor="midpoint",
     bits=1,
-    random_sign=True,
+    sign="random",
 )
 dr2net = Preset(
     "Zhao et al. 2024, Dr2Net: dynamic reversible dual-residual networks, arXiv 2401.04105",

@@ -31,13 +31,13 @@ class Recipe:
         num_classes: must be the data's; None takes it from there.
         pretrained: start from timm's weights.
         checkpoint: start from the weights in this file.
-        predictor: of the previous stream value; here and in the next four None is the default of
+        predictor: of the previous stream value; here and in the next five None is the default of
             `revify.convert`.
         bits: residue bits per element and step; with calibration also "auto".
         grid: resolution of the grid, in bits.
         transitions: what becomes of the layers between the stages.
         unit: what one step is, "block" or "branch".
-        random_sign: of γ in training, and the plain blocks in validation.
+        sign: of γ.
         calibrate: training images to fit the predictors on before training starts, ≥ 0; 0 does not.
         bits_schedule: (epochs done, bits): when to go on with other bits, the predictors being fitted again; the best
             epoch is then one of those with the last bits.
@@ -84,7 +84,7 @@ class Recipe:
     grid: int | None = None
     transitions: str | None = None
     unit: str | None = None
-    random_sign: bool = False
+    sign: str | None = None
     calibrate: int = 0
     bits_schedule: tuple[tuple[int, int], ...] = ()
     data: str | Path = "digits"
@@ -171,9 +171,8 @@ class Recipe:
 
     def conversion(self) -> dict[str, Any]:
         """The arguments of `revify.convert` that the recipe gives."""
-        names = ("predictor", "bits", "grid", "transitions", "unit")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**given, "random_sign": self.random_sign}
+        given = {name: getattr(self, name) for name in ("predictor", "bits", "grid", "transitions", "unit", "sign")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def to_json(self) -> str:
         """The recipe as JSON, one object."""

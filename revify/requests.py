@@ -12,12 +12,12 @@ from revify.couplings import additive
 from revify.errors import RefusalError, RevifyError
 from revify.plans import Plan
 from revify.predictors import FIXED
-from revify.stream import MAX_BITS
+from revify.stream import MAX_BITS, SIGNS
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 
 
-def check_options(predictor: str, bits: int, grid: int, transitions: str) -> None:
+def check_options(predictor: str, bits: int, grid: int, transitions: str, sign: str | None) -> None:
     """Refuse options out of their range."""
     if predictor not in FIXED:
         raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(FIXED)}.")
@@ -30,6 +30,8 @@ def check_options(predictor: str, bits: int, grid: int, transitions: str) -> Non
         )
     if transitions not in ("keep", "checkpoint"):
         raise RevifyError(f'transitions={transitions!r} is not known: choose "keep" or "checkpoint".')
+    if sign not in (None, *SIGNS):
+        raise RevifyError(f"sign={sign!r} is not known: choose one of {', '.join(SIGNS)}.")
 
 
 def check_streams(streams: str, coupling: Formula, *, plain: bool) -> None:
@@ -40,7 +42,7 @@ def check_streams(streams: str, coupling: Formula, *, plain: bool) -> None:
         raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
     if streams == "split" and not plain:
         raise RevifyError(
-            'predictor, bits, unit and random_sign are for full streams: with streams="split" choose a coupling instead.'
+            'predictor, bits, unit and sign are for full streams: with streams="split" choose a coupling instead.'
         )
 
 

@@ -143,7 +143,7 @@ def _install(
 
 
 def _rule(stage: StagePlan, resolution: int) -> StageRule:
-    return StageRule(stage.steps, stage.step_bits, Grid(resolution), stage.random_sign)
+    return StageRule(stage.steps, stage.step_bits, Grid(resolution), stage.sign)
 
 
 def _steps(block: nn.Module) -> tuple[Step, ...]:

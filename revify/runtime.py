@@ -25,7 +25,7 @@ from revify.errors import StreamError
 from revify.guards import Peaks, Repeats, checksum
 from revify.replay import version
 from revify.reruns import Rerun
-from revify.stream import Grid, step, unstep
+from revify.stream import Grid, Sign, step, unstep
 
 _plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
 
@@ -62,13 +62,14 @@ class StageRule:
         names: the blocks' paths, in order.
         bits: residue bits b of each step; the gain is γ = 2^-b.
         grid: the grid of the stream.
-        random_sign: γ = ±2^-b at random for each sample and step while training, and no coupling at all in eval mode.
+        sign: of γ: "positive"; "balanced", + − − + + over the steps; "random" for each sample and step while training, and
+            no coupling at all in eval mode.
     """
 
     names: tuple[str, ...]
     bits: tuple[int, ...]
     grid: Grid
-    random_sign: bool = False
+    sign: str = "positive"
 
 
 @dataclass(slots=True)
@@ -104,7 +105,7 @@ class Entry:
         needs_grad: whether z[k] had a gradient.
         stride: of z[k], which its reconstruction must have too: kernels depend on it.
         checksum: of z[k].
-        sign: of γ for each sample, None where it is always +1.
+        sign: of γ.
         residue: the packed bits, None where b = 0 or while the tape stands before this step.
     """
 
@@ -113,7 +114,7 @@ class Entry:
     needs_grad: bool
     stride: tuple[int, ...]
     checksum: Tensor
-    sign: Tensor | None
+    sign: Sign
     residue: Tensor | None = None
 
 

@@ -22,7 +22,7 @@ from revify.predictors import Predictor
 from revify.replay import SideInputs, version
 from revify.reruns import Rerun
 from revify.runtime import Entry, StageRule, Tape, saves_nothing
-from revify.stream import Gap, Join, OnGrid, Resume, random_signs
+from revify.stream import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs
 
 
 class Step:
@@ -58,7 +58,7 @@ class Step:
 
     @hidden_from_compiler
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
-        if self.rule.random_sign and not self.block.training:
+        if self.rule.sign == "random" and not self.block.training:
             return self.transform(self.block, *args, **kwargs)
         x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
@@ -91,7 +91,7 @@ class Step:
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come, and the block's other results."""
         args, kwargs = side
-        sign = random_signs(z) if older is not None and self.rule.random_sign else None
+        sign = self._sign(z) if older is not None else None
         recorded = saves_nothing()
         if recorded:
             rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, None, branch_dtype, *args), kwargs))
@@ -114,11 +114,16 @@ class Step:
             tape.advance(self.index, t, value, residue)
         return value, others
 
+    def _sign(self, z: Tensor) -> Sign:
+        if self.rule.sign == "random":
+            return random_signs(z)
+        return balanced_sign(self.index) if self.rule.sign == "balanced" else None
+
     def _branch(
         self,
         z: Tensor,
         older: Tensor | None,
-        sign: Tensor | None,
+        sign: Sign,
         branch_dtype: torch.dtype,
         *args: Any,
         **kwargs: Any,

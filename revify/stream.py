@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+Sign = Tensor | float | None  # of γ: ±1 for each sample, ±1, or None for +1
+SIGNS = ("positive", "balanced", "random")
+
 MAX_BITS = 8  # the residue of one element fits one byte while it is being packed
 
 
@@ -97,7 +100,7 @@ class Gap(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, older: Tensor, forecast: Tensor, bits: int, sign: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, older: Tensor, forecast: Tensor, bits: int, sign: Sign = None) -> Tensor:
         ctx.gamma = gain(bits, sign)
         return older - forecast
 
@@ -112,7 +115,7 @@ class Join(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid, sign: Tensor | None = None
+        ctx: Any, t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid, sign: Sign = None
     ) -> tuple[Tensor, Tensor | None]:
         ctx.gamma = gain(bits, sign)
         ctx.set_materialize_grads(False)
@@ -137,13 +140,18 @@ def random_signs(z: Tensor) -> Tensor:
     return (coins * 2 - 1).to(z)
 
 
-def gain(bits: int, sign: Tensor | None) -> Tensor | float | None:
+def balanced_sign(index: int) -> float | None:
+    """+ − − + + − − … over the coupled steps 1, 2, …: damage that changes evenly with depth cancels. None stands for +1."""
+    return -1.0 if index // 2 % 2 else None
+
+
+def gain(bits: int, sign: Sign) -> Tensor | float | None:
     """γ = ±2^-b, None where that is 1."""
     gamma = 2.0**-bits
     return sign * gamma if sign is not None else gamma if bits else None
 
 
-def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Sign = None) -> tuple[Tensor, Tensor | None]:
     """z[k+1] and the packed residue from T(z[k]) and the gap u.
 
     Args:
@@ -151,7 +159,7 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Tensor | None = No
         gap: u = z[k-1] − q(z[k]) on the grid, same shape.
         bits: b, 0…8.
         grid: the grid of both.
-        sign: of γ, ±1 for each sample, [n, 1, …]; None for +1.
+        sign: of γ, ±1, or ±1 for each sample, [n, 1, …]; None for +1.
 
     Returns:
         z[k+1], same shape, and ceil(b·n/8) bytes (a few more where b is no power of two), or None at 0 bits.
@@ -159,20 +167,23 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Tensor | None = No
     """
     with torch.no_grad():
         if bits == 0:
-            return t + (gap if sign is None else gap * sign), None
+            return _add(t, gap, sign), None
         points = gap * grid.scale
         kept = points * 2.0**-bits
         kept.floor_()
         residue = torch.empty_like(t, dtype=torch.uint8).copy_(points.sub_(kept, alpha=2.0**bits))
         del points
         kept.mul_(1 / grid.scale)
-        value = torch.add(t, kept if sign is None else kept.mul_(sign))
-        return value, pack(residue, bits)
+        return _add(t, kept, sign), pack(residue, bits)
 
 
-def unstep(
-    value: Tensor, t: Tensor, residue: Tensor | None, bits: int, grid: Grid, sign: Tensor | None = None
-) -> Tensor:
+def _add(t: Tensor, change: Tensor, sign: Sign) -> Tensor:
+    if isinstance(sign, Tensor):
+        return torch.addcmul(t, change, sign)
+    return torch.add(t, change, alpha=1 if sign is None else sign)
+
+
+def unstep(value: Tensor, t: Tensor, residue: Tensor | None, bits: int, grid: Grid, sign: Sign = None) -> Tensor:
     """The gap u of `step`, from z[k+1], T(z[k]) and the packed residue."""
     with torch.no_grad():
         gap = value - t

@@ -154,7 +154,7 @@ def start_walks(
 def drawing_signs(converted: nn.Module, plan: Plan) -> nn.Module:
     """The same model in eval mode, its blocks of random sign coupled nevertheless: there they would be the plain ones."""
     for stage in plan.stages:
-        for planned in stage.blocks if stage.random_sign else ():
+        for planned in stage.blocks if stage.sign == "random" else ():
             converted.get_submodule(planned.path).training = True  # of the block alone: its children stay in eval mode
     return converted
 

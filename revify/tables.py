@@ -15,6 +15,8 @@ from revify.blocks import Refusal
 if TYPE_CHECKING:
     from revify.plans import Plan
 
+SIGNS = {"positive": "", "balanced": " +−−+", "random": " ±"}  # of γ, behind the predictor
+
 
 def draw_plan(plan: Plan) -> str:
     """The plan as text, with a row for each stage."""
@@ -31,7 +33,7 @@ def draw_plan(plan: Plan) -> str:
         if stage.coupling:
             ways = Counter(half.how for block in stage.blocks for half in block.halves)
             cut = f", branches: {', '.join(f'{count} {way}' for way, count in ways.items())}"
-        forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{' ±' if stage.random_sign else ''}"
+        forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{SIGNS[stage.sign]}"
         table.add_row(
             str(number),
             f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",

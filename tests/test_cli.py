@@ -59,12 +59,12 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) ->
 
 def test_plan_prints_its_table_and_writes_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    assert main(["plan", *TINY, "--bits", "2", "--predictor", "midpoint", "--random-sign", "--json", str(file)]) == 0
+    assert main(["plan", *TINY, "--bits", "2", "--predictor", "midpoint", "--sign", "random", "--json", str(file)]) == 0
     plan = Plan.from_json(file.read_text())
     table = capsys.readouterr().out
     assert table.strip() == str(plan).strip()
     assert "midpoint ±" in table
-    assert plan.stages[0].random_sign
+    assert plan.stages[0].sign == "random"
     assert [len(stage.blocks) for stage in plan.stages] == [4]
     assert (plan.stages[0].bits, plan.stages[0].predictor) == (2, "midpoint")
     assert plan.example == ((2, 3, 16, 16),)

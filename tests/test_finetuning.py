@@ -485,10 +485,10 @@ def test_a_schedule_of_bits_is_kept_and_resumed(
 
 
 def test_with_random_signs_the_trained_model_is_the_plain_one(images: Path, tmp_path: Path) -> None:
-    asked = {"calibrate": 8, "predictor": "diagonal", "bits": 2, "random_sign": True}
+    asked = {"calibrate": 8, "predictor": "diagonal", "bits": 2, "sign": "random"}
     result = finetune(recipe(images, tmp_path / "whole", **asked))
     assert result.outcome("converted").accuracy == result.outcome("reverted").accuracy
-    assert load(tmp_path / "whole" / "best.safetensors").revify_plan.stages[0].random_sign
+    assert load(tmp_path / "whole" / "best.safetensors").revify_plan.stages[0].sign == "random"
     with pytest.raises(KeyboardInterrupt):
         finetune(recipe(images, tmp_path / "cut", **asked), InterruptAfter(1))
     finetune(recipe(images, tmp_path / "cut", resume=True, **asked))
