@@ -1,14 +1,18 @@
-"""BDIA's random sign of γ: replayed in training, absent in eval mode."""
+"""The sign of γ: balanced over the depth, or random (BDIA): replayed in training, absent in eval mode."""
 
 from __future__ import annotations
+
+import copy
+import json
 
 import pytest
 import timm
 import torch
-from asserts import assert_same, run
+from asserts import assert_same, run, weights_like
 from torch import Tensor, nn
 
 import revify
+from revify.stream import Grid, OnGrid
 from revify.surveying import drawing_signs
 
 
@@ -21,6 +25,88 @@ def model() -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(4, 3, 160, 160)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "bits", "sign"),
+    [("identity", 4, "balanced"), ("identity", 0, "positive"), ("midpoint", 4, "positive"), ("zero", 2, "positive")],
+)
+def test_defaults(model: nn.Module, predictor: str, bits: int, sign: str) -> None:
+    assert {stage.sign for stage in revify.plan(model, predictor=predictor, bits=bits).stages} == {sign}
+
+
+def test_balanced_signs_are_plus_minus_minus_plus(images: Tensor) -> None:
+    """The recurrence by hand, from the plain blocks, and its gradient."""
+    model = timm.create_model("test_vit", depth=8).eval()
+    converted = revify.convert(model, bits=0, sign="balanced").eval()
+    found, wanted = (images.clone().requires_grad_() for _ in range(2))
+    output = converted(found)
+
+    def rounded(values: Tensor) -> Tensor:
+        return OnGrid.apply(values, Grid(12))
+
+    older = rounded(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(wanted)))))
+    z = rounded(model.blocks[0](older))
+    for block, sign in zip(model.blocks[1:], (1, -1, -1, 1, 1, -1, -1), strict=True):
+        older, z = z, rounded(block(z)) + sign * (older - z)
+    by_hand = model.forward_head(model.norm(z))
+    assert torch.equal(output, by_hand)
+    for result in (output, by_hand):
+        (result * weights_like(result)).sum().backward()
+    difference = (found.grad - wanted.grad).norm() / wanted.grad.norm()
+    assert difference < 1e-4  # the same sums in another order
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_balanced_signs_change_less_where_blocks_do_alike(images: Tensor, bits: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", depth=9).eval()
+    for block in model.blocks[1:]:
+        block.load_state_dict(model.blocks[0].state_dict())
+    with torch.no_grad():
+        wanted = model(images)
+        changes = [
+            (revify.convert(model, bits=bits, sign=sign).eval()(images) - wanted).norm()
+            for sign in ("positive", "balanced")
+        ]
+    assert changes[1] < changes[0] / 2
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4])
+@pytest.mark.parametrize("unit", ["block", "branch"])
+def test_balanced_gradients_are_those_of_ordinary_autograd(
+    model: nn.Module, images: Tensor, bits: int, unit: str
+) -> None:
+    converted = revify.convert(model, bits=bits, unit=unit, sign="balanced")
+    for autocast in (None, torch.bfloat16):
+        assert_same(
+            run(converted, [images], autocast=autocast), run(converted, [images], plain=True, autocast=autocast)
+        )
+
+
+def test_plans_of_old_have_their_sign(model: nn.Module) -> None:
+    """Files from before `sign` say random_sign."""
+    plan = json.loads(revify.plan(model).to_json())
+    for random_sign, sign in ((False, "positive"), (True, "random")):
+        old = copy.deepcopy(plan)
+        for stage in old["stages"]:
+            del stage["sign"]
+            stage["random_sign"] = random_sign
+        assert revify.Plan.from_json(json.dumps(old)).stages[0].sign == sign
+
+
+def test_fitted_predictors_need_no_balance(model: nn.Module, images: Tensor) -> None:
+    converted = revify.convert(model)
+    assert revify.calibrate(converted, images, predictor="diagonal").revify_plan.stages[0].sign == "positive"
+
+
+def test_signs_that_make_no_sense(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(revify.RevifyError, match="sign='minus' is not known: choose one of positive, balanced, random"):
+        revify.plan(model, sign="minus")
+    with pytest.raises(revify.RevifyError, match='sign="balanced" is for fixed predictors'):
+        revify.convert(model, calibration=images, sign="balanced")
+    with pytest.raises(revify.RevifyError, match="sign are for full streams"):
+        revify.convert(model, streams="split", sign="balanced")
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3])
