@@ -3,7 +3,8 @@
     python benchmarks/fidelity.py [--models resnet20 resnet56 vit_small] [--calibrate 256] [--test 1000] [--bits 0 1 2 3]
 
 Calibration images come from the training split, the figures from the test split (CIFAR-10) or the validation photos
-(flowers). Writes benchmarks/results/NAME.csv, .txt and .png.
+(flowers). "identity" has the balanced signs of γ that are its default, "identity +" always γ > 0. The ridge of the fits
+has no lower limit here (--ridge 0): it is the present network that counts. Writes benchmarks/results/NAME.csv, .txt and .png.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import revify
 from revify.predictors import CALIBRATED, FIXED
 
-PREDICTORS = (*FIXED, *CALIBRATED, "auto")
+PREDICTORS = (*FIXED, "identity +", *CALIBRATED, "auto")
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -60,6 +61,7 @@ def main() -> int:
     parser.add_argument("--bits", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--tolerances", nargs="*", type=float, default=[], help='also bits="auto" with each of these')
     parser.add_argument("--calibrate", type=int, default=256, help="calibration images")
+    parser.add_argument("--ridge", type=float, default=0.0, help="least ridge of the fits")
     parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="fidelity", help="of the result file")
@@ -72,16 +74,18 @@ def main() -> int:
         original = score(model)
         results.row(name, "–", "original", "–", original, 1.0, 0)
         for predictor in args.predictors:
-            fitted = predictor not in FIXED
+            kind = predictor.removesuffix(" +")
+            fitted = kind not in FIXED
             for asked in [*args.bits, *(args.tolerances if fitted else [])]:
                 bits = asked if isinstance(asked, int) else 0
                 start = time.perf_counter()
+                sign = None if kind == predictor else "positive"
                 converted = revify.convert(
-                    model, images[:2], predictor="identity" if fitted else predictor, bits=bits, grid=10
+                    model, images[:2], predictor="identity" if fitted else kind, bits=bits, sign=sign, grid=10
                 )
                 if fitted:
                     free = {"bits": "auto", "tolerance": asked} if asked is not bits else {"bits": bits}
-                    converted = revify.calibrate(converted, images, predictor=predictor, **free)
+                    converted = revify.calibrate(converted, images, predictor=predictor, ridge=args.ridge, **free)
                 seconds = time.perf_counter() - start
                 try:
                     value = score(converted.eval())

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import revify
+from revify.calibration import RIDGE
 from revify.counting import count_memory
 from revify.measuring import checkpoint_blocks
 
@@ -72,6 +73,7 @@ class Method:
         checkpointed: the plain model with per-block checkpointing.
         grid: resolution; what blows up needs room, which a coarser grid has.
         tolerance: relative error of the output, for "auto" bits.
+        ridge: the least one of the fits.
     """
 
     predictor: str | None = None
@@ -81,6 +83,7 @@ class Method:
     checkpointed: bool = False
     grid: int = 10
     tolerance: float = 0.2
+    ridge: float = RIDGE
 
     def prepare(self, subject: Subject) -> nn.Module:
         """The model to train."""
@@ -105,7 +108,9 @@ class Method:
         """The model with predictors fitted to its present weights."""
         images = subject.train[0][: subject.calibrate]
         predictor = self.predictor or "auto"
-        return revify.calibrate(model, images, predictor=predictor, bits=bits, tolerance=self.tolerance)
+        return revify.calibrate(
+            model, images, predictor=predictor, bits=bits, tolerance=self.tolerance, ridge=self.ridge
+        )
 
 
 CALIBRATED = ("linear", "diagonal", "auto")
@@ -113,7 +118,9 @@ METHODS = {
     "plain": Method(),
     "checkpointed": Method(checkpointed=True),
     "identity, 4 bits": Method("identity", 4, sign="balanced"),
+    "identity, 3 bits": Method("identity", 3, sign="balanced"),
     "linear, 2 bits": Method("linear", 2),
+    "linear, ±, 2 bits": Method("linear", 2, sign="random"),
     "linear, 2 → 4 bits": Method("linear", 2, refits=((0.8, 4),)),
     "linear, 1 bit": Method("linear", 1),
     "linear, 0 bits": Method("linear", 0),
@@ -122,14 +129,12 @@ METHODS = {
     "BDIA": Method("midpoint", 1, sign="random", grid=6),
 }
 OTHERS = {  # only where they are asked for
+    "identity +, 4 bits": Method("identity", 4, sign="positive"),
+    "identity, 2 bits": Method("identity", 2, sign="balanced"),
     "linear, 1 → 4 bits": Method("linear", 1, refits=((0.8, 4),)),
     "linear, 2 → 2 bits": Method("linear", 2, refits=((0.8, 2),)),
-    "linear, ±, 2 bits": Method("linear", 2, sign="random"),
     "linear, ±, 1 bit": Method("linear", 1, sign="random"),
     "linear, ±, 0 bits": Method("linear", 0, sign="random"),
-    "identity +, 4 bits": Method("identity", 4, sign="positive"),
-    "identity, 3 bits": Method("identity", 3, sign="balanced"),
-    "identity, 2 bits": Method("identity", 2, sign="balanced"),
     "diagonal, 2 bits": Method("diagonal", 2),
     "auto, 5 %": Method("auto", "auto", tolerance=0.05),
     "linear, auto bits": Method("linear", "auto"),
@@ -137,7 +142,11 @@ OTHERS = {  # only where they are asked for
     "linear, 0 → 0 → 4": Method("linear", 0, refits=((0.15, 0), (0.3, 0), (0.5, 4))),
     "linear, 4 → 0 bits": Method("linear", 4, refits=((0.5, 0),)),
 }
-EVERY = {**METHODS, **OTHERS}
+KNOWN = {**METHODS, **OTHERS}
+UNLIMITED = {
+    f"{key}, ridge 0": replace(method, ridge=0.0) for key, method in KNOWN.items() if method.predictor in CALIBRATED
+}
+EVERY = {**KNOWN, **UNLIMITED}
 
 
 def as_jpeg(images: Tensor, quality: int) -> Tensor:
@@ -272,7 +281,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scores = ("accuracy", "reverted", "loss", "lossrev", "peak MiB", "step s")
-    columns = {"network": 9, "method": 21, "seed": 4, **dict.fromkeys(scores, 8)}
+    columns = {"network": 9, "method": 28, "seed": 4, **dict.fromkeys(scores, 8)}
     kept = Results.read(args.name) if args.resume else []
     results = Results(args.name, columns)
     for name in args.subjects:
@@ -349,7 +358,7 @@ def summarise(results: Results, name: str, methods: list[str]) -> None:
             mean["step s"] / statistics.mean(values("plain", "step s").values()) if values("plain", "step s") else None
         )
         results.say(
-            f"{method:21}  {len(own['accuracy'])} seeds: "
+            f"{method:28}  {len(own['accuracy'])} seed{'s' * (len(own['accuracy']) > 1)}: "
             f"converted {100 * mean['accuracy']:.2f} % ({away(method, 'accuracy')}), "
             f"reverted {100 * mean['reverted']:.2f} % ({away(method, 'reverted')}), "
             f"loss {away(method, 'loss', 1)}, {away(method, 'lossrev', 1)}, peak {mean['peak MiB']:.1f} MiB"

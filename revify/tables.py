@@ -46,7 +46,7 @@ def draw_plan(plan: Plan) -> str:
             f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",
         )
     text = io.StringIO()
-    console = Console(file=text, width=130, highlight=False)
+    console = Console(file=text, width=140, highlight=False)
     console.print(table)
     for c in plan.checkpointed:
         console.print(f"  checkpointed: {', '.join(c.paths)} ({c.saved_bytes / 2**20:.1f} MiB)")
