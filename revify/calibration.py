@@ -128,7 +128,7 @@ def calibrate(
     fitted: Forecasts = {}
     with _in_eval_mode(plain), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # of the random signs, if there are any
-        importance = find_importance(apply_plan(plain, plan), plan, batches[0][:LOOK])
+        importance = find_importance(drawing_signs(apply_plan(plain, plan), plan), plan, batches[0][:LOOK])
         survey = survey_original(plain, plan, batches, importance)
         for number in range(len(plan.stages)):
             plan, forecasts = _settle_stage(plain, plan, number, fitted, batches, survey, request)
