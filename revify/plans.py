@@ -81,8 +81,7 @@ class StagePlan:
         stream_bytes: of one stream value.
         bits: residue bits per element and step, 0…8, of the blocks that say nothing else.
         predictor: of the previous stream value.
-        sign: of γ = ±2^-b: "positive"; "balanced", + − − + + over the steps; or "random" for each sample and step in
-            training, with the plain blocks in eval mode.
+        sign: of γ: "positive"; "balanced", + − − + over the steps; "random" in training, and plain blocks in eval mode.
         axis: which axis of the stream is the channels', None where that could not be found.
         rank: of a low-rank predictor, else 0.
         deviation: relative error of the model's output on the calibration data with the stages up to this one
@@ -278,10 +277,10 @@ def _restored(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _with_sign(stage: dict[str, Any]) -> dict[str, Any]:
     """A stage as written before there was more than one sign of γ, as it is written now."""
-    if "random_sign" not in stage:
-        return stage
-    rest = {name: value for name, value in stage.items() if name != "random_sign"}
-    return {**rest, "sign": "random" if stage["random_sign"] else "positive"}
+    stage = dict(stage)
+    if "random_sign" in stage:
+        stage["sign"] = "random" if stage.pop("random_sign") else "positive"
+    return stage
 
 
 def _restored_block(fields: dict[str, Any]) -> BlockPlan:
