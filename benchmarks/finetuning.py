@@ -101,8 +101,7 @@ class Method:
                 grid=self.grid,
                 sign=self.sign,
             )
-        plan = revify.plan(model, images[:2], grid=self.grid, sign=self.sign)
-        return self.refit(revify.convert(model, plan=plan), subject, self.bits)
+        return self.refit(revify.convert(model, images[:2], grid=self.grid, sign=self.sign), subject, self.bits)
 
     def refit(self, model: nn.Module, subject: Subject, bits: int | str) -> nn.Module:
         """The model with predictors fitted to its present weights."""

@@ -40,9 +40,7 @@ from revify.surveying import (
 )
 
 CHUNK = 32  # images that run at a time where one large batch is given
-RIDGE = (
-    0.3  # of the channels' variance: fine-tuning changes a stream by less, but in directions in which it varies little
-)
+RIDGE = 0.3  # of the channels' variance; fine-tuning moves a stream by less, but where it varies little
 TOLERANCE = 0.05  # relative change of the model's output that bits="auto" allows
 
 LOOK = 8  # images on which it is found what the output depends on
@@ -128,7 +126,7 @@ def calibrate(
     fitted: Forecasts = {}
     with _in_eval_mode(plain), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # of the random signs, if there are any
-        importance = find_importance(drawing_signs(apply_plan(plain, plan), plan), plan, batches[0][:LOOK])
+        importance = find_importance(drawing_signs(apply_plan(plain, plan)), plan, batches[0][:LOOK])
         survey = survey_original(plain, plan, batches, importance)
         for number in range(len(plan.stages)):
             plan, forecasts = _settle_stage(plain, plan, number, fitted, batches, survey, request)
@@ -169,8 +167,9 @@ def _settle_stage(
         walks = [replace(walk) for walk in start]
         trial, forecasts, worst = _fit_stage(plain, stage, plan.grid, request, walks, survey, damage)
         trial_plan = replace(plan, stages=(*plan.stages[:number], trial, *plan.stages[number + 1 :]))
-        upto = _upto(trial_plan, number + 1)
-        partial_model = drawing_signs(apply_plan(plain, upto, forecasts={**fitted, **forecasts}), upto)
+        partial_model = drawing_signs(
+            apply_plan(plain, _upto(trial_plan, number + 1), forecasts={**fitted, **forecasts})
+        )
         seen = batches[:SEEN]
         found = deviation((partial_model(x) for x in seen), survey.outputs[: len(seen)])
         request.progress(

@@ -29,7 +29,7 @@ PredictorName = Literal["identity", "midpoint", "zero", "output"]
 Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
 Streams = Literal["full", "split"]
-Sign = Literal["positive", "balanced", "random"]
+SignName = Literal["positive", "balanced", "random"]
 
 
 def plan(
@@ -40,7 +40,7 @@ def plan(
     bits: int = DEFAULT_BITS,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "checkpoint",
-    sign: Sign | None = None,
+    sign: SignName | None = None,
     unit: Unit = "block",
     streams: Streams = "full",
     coupling: Formula = additive,
@@ -114,7 +114,7 @@ def convert(
     bits: int | Literal["auto"] | None = None,
     grid: int = DEFAULT_GRID,
     transitions: Transitions = "checkpoint",
-    sign: Sign | None = None,
+    sign: SignName | None = None,
     unit: Unit = "block",
     streams: Streams = "full",
     coupling: Formula = additive,

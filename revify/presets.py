@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from revify.algebra.formulas import Formula
-from revify.conversion import PredictorName, Sign, Streams, Unit
+from revify.conversion import PredictorName, SignName, Streams, Unit
 from revify.couplings import additive
 
 
@@ -24,7 +24,7 @@ class Options(TypedDict):
     predictor: PredictorName
     bits: int
     unit: Unit
-    sign: Sign
+    sign: SignName
 
 
 class SplitOptions(TypedDict):
@@ -51,7 +51,7 @@ class Preset:
     predictor: PredictorName
     bits: int
     unit: Unit = "block"
-    sign: Sign = "positive"
+    sign: SignName = "positive"
     differs: str = "the stream is held on a grid, so that gradients are exact"
 
     @property

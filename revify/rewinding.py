@@ -248,9 +248,8 @@ class Rewind:
         called: tuple[str, ...] = ()
         if not self._ahead:
             self._fill()  # what the inverse did not need
-        elif isinstance(self._ahead[0], Call):
-            step = self._ahead.pop(0)
-            assert isinstance(step, Call)  # as asked above; mypy does not see it through the list
+        elif isinstance(step := self._ahead[0], Call):
+            self._ahead.pop(0)
             self._again(step, catch=catch)
             called = step.results
         while self._ahead and isinstance(step := self._ahead[0], Apply):
@@ -283,13 +282,14 @@ class Rewind:
 
     def _check(self, name: str) -> None:
         """Compare an input stream of the layer, once it is known, with what came in."""
-        passage, value = self._passages[self._position], self._values[name]
+        passage = self._passages[self._position]
         if name not in passage.marks:
             return
+        mark = self._mark(self._values[name])
         if isinstance(self._repeats, Drifts):
-            self._repeats.note(passage.layer.name, sample(value), passage.marks[name])
+            self._repeats.note(passage.layer.name, mark, passage.marks[name])
         else:
-            self._repeats.note(passage.layer.name, checksum(value) != passage.marks[name])
+            self._repeats.note(passage.layer.name, mark != passage.marks[name])
 
 
 def sample(stream: Tensor) -> Tensor:

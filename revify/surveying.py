@@ -141,7 +141,7 @@ def start_walks(
     plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Tensor], survey: Survey
 ) -> list[Walk]:
     """Every batch at the entrance of a stage, in the converted model so far and in the original."""
-    converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted), upstream) if upstream.stages else None
+    converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted)) if upstream.stages else None
     grid, first = Grid(upstream.grid), stage.blocks[0]
     walks = []
     for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
@@ -151,8 +151,9 @@ def start_walks(
     return walks
 
 
-def drawing_signs(converted: nn.Module, plan: Plan) -> nn.Module:
+def drawing_signs(converted: nn.Module) -> nn.Module:
     """The same model in eval mode, its blocks of random sign coupled nevertheless: there they would be the plain ones."""
+    plan: Plan = converted.revify_plan  # type: ignore[assignment]  # nn.Module promises a Tensor or a Module
     for stage in plan.stages:
         for planned in stage.blocks if stage.sign == "random" else ():
             converted.get_submodule(planned.path).training = True  # of the block alone: its children stay in eval mode

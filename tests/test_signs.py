@@ -191,4 +191,4 @@ def test_auto_bits_allow_for_the_noise(model: nn.Module, images: Tensor) -> None
 
 def signed(converted: nn.Module) -> nn.Module:
     """In eval mode but for the coupling."""
-    return drawing_signs(converted.eval(), converted.revify_plan)
+    return drawing_signs(converted.eval())
