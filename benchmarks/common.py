@@ -14,7 +14,7 @@ import timm
 import torch
 
 import revify
-from revify.costs import describe
+from revify.measuring.report import describe
 
 RESULTS = Path(__file__).parent / "results"
 

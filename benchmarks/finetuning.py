@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import revify
-from revify.calibration import RIDGE
-from revify.counting import count_memory
-from revify.measuring import checkpoint_blocks
+from revify.calibration.calibrating import RIDGE
+from revify.measuring.measuring import checkpoint_blocks
+from revify.measuring.memory import count_memory
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pretrained import cifar10
 from torch import Tensor, nn
 from torch.nn import functional
 
-from revify.counting import Memory, count_memory
+from revify.measuring.memory import Memory, count_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 

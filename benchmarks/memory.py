@@ -14,7 +14,7 @@ import torch
 from common import Results
 
 import revify
-from revify.costs import Report
+from revify.measuring.report import Report
 
 DEPTHS = (12, 24, 48)
 BITS = (0, 1, 2, 4)

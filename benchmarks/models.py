@@ -18,8 +18,8 @@ from common import Results
 from torch import Tensor, nn
 
 import revify
-from revify.counting import count_memory
-from revify.measuring import checkpoint_blocks
+from revify.measuring.measuring import checkpoint_blocks
+from revify.measuring.memory import count_memory
 
 MODELS = (
     "vit_tiny_patch16_224",

@@ -16,11 +16,11 @@ import timm
 import torch
 from rich.console import Console
 
-from revify.datasets import open_data
 from revify.finetuning import finetune
-from revify.outcomes import Result
-from revify.progress import ConsoleProgress
-from revify.recipes import Recipe
+from revify.finetuning.data import open_data
+from revify.finetuning.progress import ConsoleProgress
+from revify.finetuning.recipe import Recipe
+from revify.finetuning.results import Result
 
 
 def main(model: str, epochs: int, out: Path) -> Result:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from revify import couplings, presets
-from revify.calibration import calibrate
-from revify.checkpoints import load, save
+from revify._version import __version__
+from revify.calibration.calibrating import calibrate
 from revify.conversion import convert, plan, revert
 from revify.errors import (
     CheckpointError,
@@ -14,12 +14,11 @@ from revify.errors import (
     RevifyError,
     StreamError,
 )
-from revify.measuring import measure
+from revify.measuring.measuring import measure
 from revify.plans import Plan
 from revify.reversible import Reversible, ReversibleSequence
-from revify.runtime import plain_backward
-
-__version__ = "0.1.0"
+from revify.runtime.tape import plain_backward
+from revify.saving import load, save
 
 __all__ = [
     "CheckpointError",
@@ -31,6 +30,7 @@ __all__ = [
     "ReversibleSequence",
     "RevifyError",
     "StreamError",
+    "__version__",
     "calibrate",
     "convert",
     "couplings",

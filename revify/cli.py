@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from revify.errors import RevifyError
+from revify.finetuning.recipe import Recipe
 from revify.options import make_parser
-from revify.recipes import Recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from revify.architectures import Created
+    from revify.finetuning.timm_models import Created
 
 _EXTRAS = frozenset({"accelerate", "sklearn", "matplotlib"})
 
@@ -77,10 +77,10 @@ def _plan(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
-    from revify.agreement import agreement, calibration_images
-    from revify.checkpoints import save
     from revify.conversion import convert
-    from revify.datasets import open_data
+    from revify.finetuning.agreement import agreement, calibration_images
+    from revify.finetuning.data import open_data
+    from revify.saving import save
 
     with _status(options, "converting"):
         created = _create(options)
@@ -105,7 +105,7 @@ def _measure(options: argparse.Namespace) -> None:
     import torch
 
     from revify.conversion import plan
-    from revify.measuring import measure
+    from revify.measuring.measuring import measure
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.mixed_precision]
@@ -121,8 +121,8 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from revify.finetuning import finetune
-    from revify.progress import ConsoleProgress
+    from revify.finetuning.progress import ConsoleProgress
+    from revify.finetuning.run import finetune
 
     names = {field.name for field in fields(Recipe)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
@@ -136,7 +136,7 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _create(options: argparse.Namespace) -> Created:
-    from revify.architectures import Architecture, create
+    from revify.finetuning.timm_models import Architecture, create
 
     created = create(
         Architecture(
@@ -155,7 +155,7 @@ def _create(options: argparse.Namespace) -> Created:
 
 def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `revify.convert` that were given."""
-    from revify.parts import find_coupling
+    from revify.couplings.parts import find_coupling
 
     names = ("predictor", "bits", "grid", "transitions", "unit", "sign", "streams", "coupling")
     given = {name: getattr(options, name, None) for name in names}

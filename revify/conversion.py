@@ -11,15 +11,15 @@ from typing import Any, Literal, TypedDict, cast
 
 from torch import Tensor, nn
 
-from revify.algebra.formulas import Formula
-from revify.calibration import calibrate
-from revify.couplings import additive
+from revify.calibration.calibrating import calibrate
+from revify.couplings.formulas import Formula
+from revify.couplings.shipped import additive
 from revify.errors import RefusalError, RevifyError
-from revify.planning import make_plan
+from revify.planning.inputs import Example, check_model, check_options, check_streams, example_inputs
+from revify.planning.making import make_plan
 from revify.plans import Plan
-from revify.predictors import CALIBRATED
-from revify.requests import Example, check_model, check_options, check_streams, example_inputs
-from revify.rewriting import apply_plan, remove_plan
+from revify.rewriting.applying import apply_plan, remove_plan
+from revify.runtime.predictors import CALIBRATED
 from revify.tables import group_reasons
 
 DEFAULT_BITS = 4

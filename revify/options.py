@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from revify.recipes import PRECISIONS, SCHEDULES, Recipe
+from revify.finetuning.recipe import PRECISIONS, SCHEDULES, Recipe
 
 _EXAMPLES = {
     "": """
@@ -249,7 +249,7 @@ class _Version(argparse.Action):
     """Prints the version, which is read only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from revify import __version__
+        from revify._version import __version__
 
         print(f"revify {__version__}")
         parser.exit()

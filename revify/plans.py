@@ -4,16 +4,54 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from typing import Any
 
-from revify.blocks import Refusal
-from revify.cutting import Cut, Side
 from revify.errors import RevifyError
 from revify.tables import draw_plan
 
 FORMAT = 1
 
 CUT, LIFTED, WHOLE = "cut", "lifted", "lifted whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A part of the model that is left as it is.
+
+    Args:
+        path: of the module.
+        reason: what was found.
+        remedy: what to do instead.
+    """
+
+    path: str
+    reason: str
+    remedy: str
+
+
+class Side(StrEnum):
+    """Where a layer is cut."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+    CHANNELS = "channels"
+    VALUE = "value"  # a parameter that an operation uses directly
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One layer, or parameter, that is cut to one half of the stream's channels.
+
+    Args:
+        path: of the layer or parameter, within its block.
+        side: which of its axes.
+        half: 0 or 1.
+    """
+
+    path: str
+    side: Side
+    half: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from revify.algebra.formulas import Formula
 from revify.conversion import PredictorName, SignName, Streams, Unit
-from revify.couplings import additive
+from revify.couplings.formulas import Formula
+from revify.couplings.shipped import additive
 
 
 class Options(TypedDict):

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify.algebra.formulas import Formula
-from revify.algebra.programs import Apply, names
-from revify.arithmetic import Numbers, common_grid
-from revify.compiling import hidden_from_compiler
-from revify.couplings import Coupling, additive, derive
+from revify.couplings.deriving import Coupling, derive
+from revify.couplings.formulas import Formula
+from revify.couplings.programs import Apply, names
+from revify.couplings.shipped import additive
 from revify.errors import RevifyError, StreamError
-from revify.layers import Layer, Sides, backwards
-from revify.rewinding import Rewind
-from revify.runtime import saves_nothing
-from revify.stream import stream_dtype
+from revify.runtime.grid import stream_dtype
+from revify.runtime.layers import Layer, Sides, backwards
+from revify.runtime.numbers import Numbers, common_grid
+from revify.runtime.rewinding import Rewind
+from revify.runtime.tape import saves_nothing
+from revify.runtime.torch_internals import hidden_from_compiler
 
 Streams = Tensor | tuple[Tensor, ...]
 Residues = list[dict[str, Tensor]]

@@ -10,10 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from revify.blocks import Refusal
-
 if TYPE_CHECKING:
-    from revify.plans import Plan
+    from revify.plans import Plan, Refusal
 
 SIGNS = {"positive": "", "balanced": " +−−+", "random": " ±"}  # of γ, behind the predictor
 

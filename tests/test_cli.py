@@ -165,7 +165,7 @@ def test_the_hub_fails_later(capsys: pytest.CaptureFixture[str], monkeypatch: py
     def failing(*_: object, **__: object) -> None:
         raise LocalEntryNotFoundError("An error happened\nwhile trying to locate the file.")
 
-    monkeypatch.setattr("revify.architectures._check_network", lambda name: None)
+    monkeypatch.setattr("revify.finetuning.timm_models._check_network", lambda name: None)
     monkeypatch.setattr(timm, "create_model", failing)
     error = fails(capsys, "plan", "test_vit", "--pretrained")
     assert "could not be fetched from the Hugging Face hub (LocalEntryNotFoundError: An error happened" in error

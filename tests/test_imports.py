@@ -1,4 +1,4 @@
-"""Imports between revify's modules go one way, and importing revify does nothing else."""
+"""The walls of the house (docs/architecture.md): who may import whom, and that importing revify does nothing else."""
 
 from __future__ import annotations
 
@@ -7,22 +7,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import revify
 
 PACKAGE = Path(revify.__file__).parent
 
 HEAVY = ("timm", "torchvision", "accelerate", "sklearn", "matplotlib", "torch.distributed.fsdp", "torch._dynamo")
 
+ROOMS = ("calibration", "couplings", "finetuning", "measuring", "planning", "reading", "rewriting", "runtime")
 
-def imports_of(path: Path, names: dict[str, Path]) -> set[str]:
-    """revify's modules that a file imports when it is imported itself: not within functions, not for types alone."""
+MAY_IMPORT = {
+    # beside itself, revify.errors and revify._version
+    "couplings": set(),
+    "reading": set(),
+    "runtime": {"couplings"},
+    "rewriting": {"couplings", "reading", "runtime", "plans"},
+    "planning": {
+        "couplings",
+        "reading",
+        "runtime",
+        "rewriting",
+        "plans",
+    },  # it proves its candidates on rewritten copies
+}
+
+
+def imports_of(path: Path, names: dict[str, Path], *, anywhere: bool) -> set[str]:
+    """revify's modules that a file imports: at all, within functions and for types too, or only when it is imported."""
     found: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if not anywhere and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if not anywhere and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -33,12 +52,21 @@ def imports_of(path: Path, names: dict[str, Path]) -> set[str]:
     return found & names.keys()
 
 
-def graph() -> dict[str, set[str]]:
-    names = {}
-    for path in PACKAGE.rglob("*.py"):
-        dotted = ".".join(("revify", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        names[dotted] = path
-    return {name: imports_of(path, names) - {name} for name, path in names.items()}
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(("revify", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def graph(*, anywhere: bool = False) -> dict[str, set[str]]:
+    names = modules()
+    return {name: imports_of(path, names, anywhere=anywhere) - {name} for name, path in names.items()}
+
+
+def room(name: str) -> str:
+    """The package, or the file at the top, that a module belongs to."""
+    return name.split(".")[1] if "." in name else name
 
 
 def layers(edges: dict[str, set[str]]) -> list[set[str]]:
@@ -57,24 +85,53 @@ def test_imports_go_one_way() -> None:
     assert "revify.errors" in found[0]
 
 
-def test_the_mathematics_knows_nothing_of_models() -> None:
-    edges = graph()
-    assert edges["revify.stream"] == set()
-    assert edges["revify.replay"] <= {"revify.errors", "revify.predictors"}
-    assert not edges["revify.runtime"] & {"revify.planning", "revify.tracing", "revify.blocks", "revify.rewriting"}
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_walls_between_packages(name: str) -> None:
+    allowed = {name, "errors", "_version"} | MAY_IMPORT[name]
+    for module, wanted in graph(anywhere=True).items():
+        if room(module) == name:
+            beyond = {other for other in wanted if room(other) not in allowed}
+            assert not beyond, f"{module} imports {sorted(beyond)}, but {name} may import only {sorted(allowed)}"
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The names that a file imports from outside, as written."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_runtime_knows_nothing_of_graphs_and_only_finetuning_imports_accelerate() -> None:
+    for name, path in modules().items():
+        imported = imported_packages(path)
+        assert room(name) != "runtime" or not any(other.startswith("torch.fx") for other in imported), name
+        assert room(name) == "finetuning" or not any(other.split(".")[0] == "accelerate" for other in imported), name
+
+
+def test_every_folder_is_a_room_that_is_known() -> None:
+    assert sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()) == list(ROOMS)
 
 
 def test_only_the_rewriting_edits_modules() -> None:
-    """Only these set the forward of a module; the last three that of copies of their own, to try and to measure."""
+    """Only these set the forward of a module; the others that of copies of their own, to try and to measure."""
     setters = {
-        path.name
+        str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Attribute) and target.attr == "forward" and ast.unparse(target.value) != "self"
     }
-    assert setters == {"rewriting.py", "branches.py", "splitting.py", "measuring.py"}
+    assert setters == {
+        "rewriting/applying.py",
+        "planning/branching.py",
+        "planning/halving.py",
+        "measuring/measuring.py",
+    }
 
 
 def test_importing_does_no_heavy_work() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from asserts import assert_same_gradients, inputs_of
-from test_branches import Two, net
+from branch_nets import Two, net
 from torch import Tensor, nn
 
 import revify

@@ -11,13 +11,13 @@ import formulas
 import pytest
 import torch
 from asserts import assert_same, difference, gradients, run
-from test_memory import Ledger
+from ledger import Ledger
 from torch import Tensor, nn
 
 import revify
 from revify import Reversible, ReversibleSequence
-from revify.algebra.formulas import Formula
 from revify.couplings import ScaleShift, additive, affine, damped, derive, half, single, swapped
+from revify.couplings.formulas import Formula
 
 BF16 = torch.bfloat16
 

@@ -1,0 +1,213 @@
+"""What calibration must see of a model: the original's trajectory, what enters each stage, and which positions matter.
+
+survey_original   one pass of the plain model: outputs, what enters each stage, the blocks' side inputs
+find_importance   how much the model's output depends on each block's output, and on each position of it
+start_walks       every batch at the entrance of a stage, in the converted model so far and in the original
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify.errors import RefusalError
+from revify.plans import BlockPlan, Plan, StagePlan
+from revify.rewriting.applying import apply_plan
+from revify.runtime.grid import Grid
+
+FLOOR = 0.1  # what a position counts at least, where the average counts 1
+
+Side = tuple[tuple[Any, ...], dict[str, Any]]  # Any: side inputs are of every type
+Forecasts = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the original does with each batch.
+
+    Args:
+        outputs: what it returns.
+        arrived: what enters each stage, by the path of its first block.
+        sides: the arguments of each block besides the stream, by path.
+        importance: how much each block's output counts, by path.
+    """
+
+    outputs: list[Any]  # Any: models return what they like
+    arrived: list[dict[str, Tensor]]
+    sides: list[dict[str, Side]]
+    importance: dict[str, Importance]
+
+
+@dataclass(slots=True)
+class Walk:
+    """Where one batch of calibration images stands in a stage.
+
+    Args:
+        older: z[k-1].
+        z: z[k].
+        original: x*[k].
+        sides: for each block by path, the arguments besides the stream.
+        t: T(z[k]), while block k is being fitted.
+        aim: x*[k+1], while block k is being fitted.
+    """
+
+    older: Tensor
+    z: Tensor
+    original: Tensor
+    sides: dict[str, Side]
+    t: Tensor = field(default_factory=lambda: torch.empty(0))
+    aim: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How much the model's output depends on the output of one block.
+
+    Args:
+        weights: of its positions, about 1 on average.
+        energy: mean square of the gradient, per element.
+    """
+
+    weights: Tensor
+    energy: float
+
+
+def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Importance]) -> Survey:
+    """One pass of the original over the data: its outputs, what enters each stage, and the blocks' other arguments."""
+    paths = [planned.path for stage in plan.stages for planned in stage.blocks]
+    entrances = {stage.blocks[0].path for stage in plan.stages}
+    streams = {planned.path: planned.stream for stage in plan.stages for planned in stage.blocks}
+    survey = Survey([], [], [], importance)
+    for x in batches:
+        arrived: dict[str, Tensor] = {}
+        sides: dict[str, Side] = {}
+
+        def look(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            at = streams[path]
+            if path in entrances:
+                arrived[path] = args[at] if isinstance(at, int) else kwargs[at]  # noqa: B023
+            holed = tuple(None if at == i else a for i, a in enumerate(args))
+            sides[path] = (holed, {name: None if at == name else a for name, a in kwargs.items()})  # noqa: B023
+
+        with _watched(plain, paths, look):
+            survey.outputs.append(plain(x))
+        survey.arrived.append(arrived)
+        survey.sides.append(sides)
+    return survey
+
+
+def find_importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Importance]:
+    """How much the output depends on each block's output, through the memory-free backward.
+
+    For random signs v of the outputs, v·∂y/∂z has the mean square |∂y/∂z·δ|² for a deviation δ without a direction.
+    """
+    planned = {block.path: stage for stage in plan.stages for block in stage.blocks}
+    grads: dict[str, Tensor] = {}
+
+    def remember(path: str, _: nn.Module, args: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(grads.__setitem__, path))  # type: ignore[no-untyped-call]
+
+    handles = [converted.get_submodule(path).register_forward_hook(partial(remember, path)) for path in planned]
+    try:
+        with torch.enable_grad():
+            y = first_of(converted(x))
+            signs = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+            leaves: list[Tensor] = [p for p in converted.parameters() if p.requires_grad]
+            torch.autograd.grad((y * signs.to(y)).sum(), leaves, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for path, stage in planned.items():
+        size = 1
+        for axis, length in enumerate(stage.shape):
+            size *= 1 if axis in (0, stage.axis) else length
+        found[path] = Importance(torch.ones(size), 0.0)
+        if path in grads and stage.axis is not None:
+            energy = by_position(grads[path].square(), stage.axis).sum(1).view(len(x), -1).mean(0).double()
+            weights = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
+            found[path] = Importance(weights, float(grads[path].double().square().mean()))
+    return found
+
+
+def start_walks(
+    plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Tensor], survey: Survey
+) -> list[Walk]:
+    """Every batch at the entrance of a stage, in the converted model so far and in the original."""
+    converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted)) if upstream.stages else None
+    grid, first = Grid(upstream.grid), stage.blocks[0]
+    walks = []
+    for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
+        original = arrived[first.path]
+        z = grid.round(original if converted is None else _arriving(converted, first, x))
+        walks.append(Walk(z, z, original, sides))
+    return walks
+
+
+def drawing_signs(converted: nn.Module) -> nn.Module:
+    """The same model in eval mode, its blocks of random sign coupled nevertheless: there they would be the plain ones."""
+    plan: Plan = converted.revify_plan  # type: ignore[assignment]  # nn.Module promises a Tensor or a Module
+    for stage in plan.stages:
+        for planned in stage.blocks if stage.sign == "random" else ():
+            converted.get_submodule(planned.path).training = True  # of the block alone: its children stay in eval mode
+    return converted
+
+
+def _arriving(model: nn.Module, block: BlockPlan, x: Tensor) -> Tensor:
+    """What comes to a block; the rest of the model does not run."""
+
+    def stop(_: str, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Arrived(args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream])
+
+    with _watched(model, [block.path], stop):
+        try:
+            model(x)
+        except _Arrived as arrived:
+            return arrived.value
+    raise RefusalError(f"{block.path} was not called on the calibration data, though it was on the plan's example.")
+
+
+def run_block(block: nn.Module, stream: int | str, z: Tensor, side: Side) -> Tensor:
+    args, kwargs = side
+    if isinstance(stream, int):
+        args = (*args[:stream], z, *args[stream + 1 :])
+    else:
+        kwargs = {**kwargs, stream: z}
+    output: Tensor = block(*args, **kwargs)
+    return output
+
+
+def by_position(values: Tensor, axis: int) -> Tensor:
+    return values.movedim(axis, -1).reshape(-1, values.shape[axis])
+
+
+def first_of(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+class _Arrived(Exception):
+    """Ends a forward pass at a block."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: Iterable[str], look: Callable[..., None]) -> Iterator[None]:
+    """Call `look(path, module, args, kwargs)` before each of these modules runs."""
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(partial(look, path), with_kwargs=True) for path in paths
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

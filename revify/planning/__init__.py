@@ -1,0 +1,1 @@
+"""Decisions: what was read of a model → blocks, stages, transitions, and so a `Plan`."""

@@ -1,0 +1,116 @@
+"""What `plan` and `convert` are asked for, checked: options, the state of the model, its example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from revify.couplings.formulas import Formula
+from revify.couplings.shipped import additive
+from revify.errors import RefusalError, RevifyError
+from revify.plans import Plan
+from revify.runtime.grid import MAX_BITS, SIGNS
+from revify.runtime.predictors import FIXED
+
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
+
+
+def check_options(predictor: str, bits: int, grid: int, transitions: str, sign: str | None) -> None:
+    """Refuse options out of their range."""
+    if predictor not in FIXED:
+        raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(FIXED)}.")
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits <= MAX_BITS:
+        raise RevifyError(f"bits={bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}.")
+    if not isinstance(grid, int) or isinstance(grid, bool) or not 0 <= grid <= 20:
+        raise RevifyError(
+            f"grid={grid!r} is no resolution: give a whole number q from 0 to 20; values are then multiples of 2^-q within "
+            "±2^(24-q). The default is 12 (±4096)."
+        )
+    if transitions not in ("keep", "checkpoint"):
+        raise RevifyError(f'transitions={transitions!r} is not known: choose "keep" or "checkpoint".')
+    if sign not in (None, *SIGNS):
+        raise RevifyError(f"sign={sign!r} is not known: choose one of {', '.join(SIGNS)}.")
+
+
+def check_streams(streams: str, coupling: Formula, *, plain: bool) -> None:
+    """Refuse options that do not go together."""
+    if streams not in ("full", "split"):
+        raise RevifyError(f'streams={streams!r} is not known: choose "full" or "split".')
+    if streams == "full" and coupling is not additive:
+        raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
+    if streams == "split" and not plain:
+        raise RevifyError(
+            'predictor, bits, unit and sign are for full streams: with streams="split" choose a coupling instead.'
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models in a state in which they cannot be converted rightly."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise RefusalError(f"expected a torch.nn.Module, got {name}. Pass the model itself.")
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "revify_plan", None), Plan):
+            what = f"holds a module that is already converted ({path})" if path else "is already converted"
+            raise RefusalError(f"{name} {what}. Use it as it is, or revify.revert it first.")
+    wrapper = _wrapper(model)
+    if wrapper:
+        raise RefusalError(
+            f"{name} is {wrapper}. Convert the plain model first, then wrap it: the wrapper must see the converted blocks."
+        )
+    for path, module in model.named_modules():
+        if any(getattr(module, flag, False) is True for flag in ("grad_checkpointing", "gradient_checkpointing")):
+            raise RefusalError(
+                f"{name}: gradient checkpointing is switched on (in {path or 'the model'}), which would run the blocks of "
+                "a converted model out of order. Switch it off first: model.set_grad_checkpointing(False)."
+            )
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    """How a model is wrapped, by the classes of torch that do it; importing them all would take seconds."""
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = {kind.__name__ for kind in classes if kind.__module__.startswith("torch.")}
+    if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}:
+        return "wrapped for parallel training (DDP, FSDP or DataParallel)"
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    if compiled or any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
+        return "compiled with torch.compile, or holds a compiled module"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "a TorchScript module"
+    return None
+
+
+def example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """The inputs to analyse a model with: those given, or two images of the size in its timm configuration."""
+    if isinstance(example, Tensor):
+        return (example,)
+    if example is not None:
+        inputs = dict(example) if isinstance(example, Mapping) else tuple(example)
+        tensors = inputs.values() if isinstance(inputs, dict) else inputs
+        if not inputs or not all(isinstance(x, Tensor) for x in tensors):
+            raise RevifyError(
+                "example: expected a tensor, a tuple of tensors (the positional inputs of the model) or a dictionary of "
+                "tensors (its keyword inputs)."
+            )
+        return inputs
+    size = _input_size(model)
+    if size is None:
+        raise RefusalError(
+            f"{type(model).__name__} has no timm configuration that names its input size, so it cannot be analysed without "
+            "an example. Pass one batch: revify.convert(model, images)."
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return (torch.zeros(2, *size, dtype=dtype, device="meta"),)
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Channels, height and width: of the model as built (`img_size=`), else of its timm configuration."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if size is None:
+        return None
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    channels = getattr(model, "in_chans", size[0])
+    return (channels, *built) if built else tuple(size)

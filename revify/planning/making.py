@@ -1,0 +1,93 @@
+"""Stages → Plan: what will be done to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from revify.couplings.formulas import Formula
+from revify.planning.blocks import find_blocks
+from revify.planning.branching import cut_blocks
+from revify.planning.halving import split_stages
+from revify.planning.refusals import find_refusals
+from revify.planning.stages import Stage, channel_axis, group_stages
+from revify.planning.transitions import find_checkpoints
+from revify.plans import BlockPlan, Plan, StagePlan
+from revify.reading.observing import observe
+from revify.reading.recording import follow
+from revify.reading.tracing import Example, tensors_of
+
+
+def make_plan(
+    model: nn.Module,
+    example: Example,
+    *,
+    bits: int,
+    predictor: str,
+    grid: int,
+    transitions: str,
+    unit: str = "block",
+    coupling: Formula | None = None,
+) -> Plan:
+    """Analyse a model and say what would be done to it.
+
+    Args:
+        model: any module; it stays as it is.
+        example: its inputs, by position or by keyword.
+        bits: residue bits for every stage.
+        predictor: for every stage.
+        grid: resolution of the grid.
+        transitions: "keep" or "checkpoint".
+        unit: "block" or "branch".
+        coupling: of the halves of the channels, None for full streams.
+
+    Raises:
+        RefusalError: the coupling has no inverse, or cannot be parted into single branches.
+    """
+    observation, graph = observe(model, example), follow(model, example)
+    modules = dict(model.named_modules())
+    blocks = find_blocks(observation, graph, modules)
+    stages = group_stages(blocks, graph)
+    config = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if isinstance(config, Mapping) else None
+    plan = Plan(
+        model=type(model).__name__,
+        architecture=architecture,
+        example=tuple(tuple(x.shape) for x in tensors_of(example)),
+        grid=grid,
+        transitions=transitions,
+        stages=tuple(
+            _stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages
+        ),
+        checkpointed=(),
+        refusals=find_refusals(observation, graph, blocks, stages, modules),
+        saved_bytes=observation.saved_bytes,
+        traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
+    )
+    if coupling is not None:
+        plan = split_stages(plan, model, example, coupling, observation, graph)
+    elif unit == "branch":
+        plan = cut_blocks(plan, model, example, observation)
+    if plan.stages and transitions == "checkpoint":
+        plan = replace(plan, checkpointed=find_checkpoints(observation, plan))
+    return plan
+
+
+def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> StagePlan:
+    call = stage.blocks[0].call
+    return StagePlan(
+        blocks=tuple(
+            BlockPlan(
+                b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes, result=b.result
+            )
+            for b in stage.blocks
+        ),
+        shape=call.shape,
+        dtype=str(call.dtype).removeprefix("torch."),
+        stream_bytes=stage.stream_bytes,
+        bits=bits,
+        predictor=predictor,
+        axis=axis,
+    )

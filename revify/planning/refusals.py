@@ -1,0 +1,93 @@
+"""What looks like a block and is in no stage → a refusal with path, reason and remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from revify.planning.blocks import ResidualBlock
+from revify.planning.stages import Stage
+from revify.plans import Refusal
+from revify.reading.observing import Call, Observation
+from revify.reading.roles import concatenates
+from revify.reading.tracing import Trace
+
+
+def find_refusals(
+    observation: Observation,
+    graph: Trace,
+    blocks: tuple[ResidualBlock, ...],
+    stages: tuple[Stage, ...],
+    modules: dict[str, nn.Module],
+) -> tuple[Refusal, ...]:
+    """A reason for every module that looks like a block, a child of a sequence with modules of its own, and is in no stage."""
+    inside = {b.call.path for stage in stages for b in stage.blocks}
+    above = {parent for path in inside for parent in parents(path)}
+    residual = {b.call.path: b for b in blocks}
+    counts: dict[str, int] = {}
+    for call in observation.calls:
+        counts[call.path] = counts.get(call.path, 0) + 1
+    refused: dict[str, Refusal] = {}
+    for call in observation.calls:
+        reused = counts[call.path] > 1 and any(i.shape == call.shape for i in call.inputs)
+        candidate = (reused or _in_sequence(call, modules)) and list(modules[call.path].children())
+        looks_like_block = call.path in residual or candidate
+        covered = call.path in inside | above or any(parent in inside | set(refused) for parent in parents(call.path))
+        if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
+            within = _nodes_within(call, graph)
+            refused[call.path] = _explain(call, counts[call.path], residual.get(call.path), concatenates(within))
+    if not stages and not refused:
+        nothing = "no module adds its input to its output: there is no residual block in it"
+        refused[""] = Refusal("", nothing, "use gradient checkpointing")
+    return tuple(refused.values())
+
+
+def _in_sequence(call: Call, modules: dict[str, nn.Module]) -> bool:
+    parent = modules[call.path.rpartition(".")[0]]
+    return isinstance(parent, nn.Sequential | nn.ModuleList) and len(parent) > 1
+
+
+def _nodes_within(call: Call, graph: Trace) -> list[Any]:
+    """The graph's nodes that were made inside of one module."""
+    if graph.graph is None:
+        return []
+
+    def inside(node: Any) -> bool:
+        stack = node.meta.get("nn_module_stack") or {}
+        return any(path == call.path or path.startswith(call.path + ".") for path in stack)
+
+    return [node for node in graph.graph.nodes if inside(node)]
+
+
+def _explain(call: Call, count: int, block: ResidualBlock | None, concatenated: bool) -> Refusal:
+    """Why a module that looks like a block is not part of a stage."""
+    if count > 1:
+        return Refusal(call.path, f"is called {count} times in one forward pass", "give each call a module of its own")
+    if call.output is None and block is None:
+        reason = "does not return a tensor, or several none of which is its input with something added"
+        return Refusal(call.path, reason, "checkpoint it")
+    if any(i.changed for i in call.inputs):
+        reason = "changes its input in place, which the backward would have to reconstruct"
+        return Refusal(call.path, reason, "make its first operation out of place (activations: inplace=False)")
+    if block is not None:
+        reason = "is a residual block, but neither the module before it nor the one after it continues its stream"
+        return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
+    if concatenated:
+        reason = "its output is concatenated with its input, not added to it: the width grows, there is no stream"
+        return Refusal(call.path, reason, "checkpoint it")
+    shapes = [i.shape for i in call.inputs]
+    if shapes and call.shape not in shapes:
+        reason = f"changes the shape ({_sizes(shapes[0])} to {_sizes(call.shape)}): a transition"
+        return Refusal(call.path, reason, 'convert(..., transitions="checkpoint") where it lies between stages')
+    reason = "no path of additions leads from its input to its output: it is no residual block"
+    return Refusal(call.path, reason, "if its caller adds, put the addition into a module; otherwise checkpoint it")
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape[1:])) or "a scalar"
+
+
+def parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts))]

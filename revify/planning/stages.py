@@ -1,0 +1,141 @@
+"""Residual blocks → stages: maximal runs on one stream, each block's input being the output of the one before.
+
+Runs exist at several depths of the module tree (a block, the container of blocks, a branch that adds to its own input).
+Of runs that overlap, the one that saves most is the stage: the finer, the fewer activations live at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from revify.planning.blocks import ResidualBlock
+from revify.reading.observing import Observation, ValueKey
+from revify.reading.tracing import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of at least two residual blocks of the same shape, in the order of their calls."""
+
+    blocks: tuple[ResidualBlock, ...]
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of one stream value, which is held in float32 or longer."""
+        elements = 1
+        for size in self.blocks[0].call.shape:
+            elements *= size
+        dtype = self.blocks[0].call.dtype
+        return elements * max(4, dtype.itemsize if dtype else 4)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What autograd saves in all of its blocks."""
+        return sum(block.call.saved_bytes for block in self.blocks)
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """What autograd saves in the block that saves most: what a backward must hold at a time."""
+        return max(block.call.saved_bytes for block in self.blocks)
+
+    @property
+    def benefit(self) -> int:
+        """Bytes that the reversible stage does not hold."""
+        return self.saved_bytes - self.largest_block_bytes - 2 * self.stream_bytes
+
+
+def group_stages(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, ...]:
+    """The stages of a model, in the order of their calls; no module is in two of them.
+
+    Args:
+        blocks: all residual blocks, at every depth.
+        trace: of the model: a link that was observed must also stand in the graph, where there is one.
+    """
+    runs = sorted(_runs(blocks, trace), key=lambda stage: (-stage.benefit, stage.blocks[0].call.order))
+    chosen: list[Stage] = []
+    for run in runs:
+        paths = {block.call.path for stage in chosen for block in stage.blocks}
+        if run.benefit > 0 and not any(_nested(block.call.path, path) for block in run.blocks for path in paths):
+            chosen.append(run)
+    return tuple(sorted(chosen, key=lambda stage: stage.blocks[0].call.order))
+
+
+def channel_axis(stage: Stage, observation: Observation, modules: dict[str, nn.Module]) -> int | None:
+    """Which axis of a stage's stream holds the channels, by the first layer in it that treats channels apart.
+
+    Args:
+        stage: the stage.
+        observation: its forward pass.
+        modules: the model's modules by path.
+
+    Returns:
+        The axis counted from the front, or None where no layer tells.
+    """
+    within = tuple(block.call.path + "." for block in stage.blocks)
+    shape = stage.blocks[0].call.shape
+    for call in observation.calls:
+        if call.path.startswith(within) and any(i.shape == shape for i in call.inputs):
+            axis = _axis_of(modules[call.path], shape)
+            if axis is not None:
+                return axis
+    return None
+
+
+def _axis_of(layer: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Where a layer expects the channels of an input of this shape."""
+    in_front = isinstance(layer, nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    if in_front or type(layer).__name__.endswith("Norm2d"):
+        return 1
+    width = getattr(layer, "in_features", None) or getattr(layer, "normalized_shape", (None,))[-1]
+    return len(shape) - 1 if width == shape[-1] else None
+
+
+def _runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> list[Stage]:
+    """Maximal chains at each depth; where two blocks continue a stream, the one of the same class does."""
+    starting: dict[tuple[ValueKey, int], list[ResidualBlock]] = defaultdict(list)
+    for block in blocks:
+        starting[block.stream.key, _depth(block)].append(block)
+    runs: list[Stage] = []
+    taken: set[str] = set()
+    for block in blocks:
+        if block.call.path in taken:
+            continue
+        run = [block]
+        while following := _next(run[-1], starting, trace):
+            run.append(following)
+        taken.update(b.call.path for b in run)
+        if len(run) > 1:
+            runs.append(Stage(tuple(run)))
+    return runs
+
+
+def _next(
+    block: ResidualBlock, starting: dict[tuple[ValueKey, int], list[ResidualBlock]], trace: Trace
+) -> ResidualBlock | None:
+    assert block.call.output is not None  # a residual block returns one tensor
+    candidates = [
+        other
+        for other in starting.get((block.call.output, _depth(block)), [])
+        if (other.call.shape, other.call.dtype) == (block.call.shape, block.call.dtype) and _linked(block, other, trace)
+    ]
+    same_class = [other for other in candidates if other.call.kind == block.call.kind]
+    return next(iter(same_class or candidates), None)
+
+
+def _linked(block: ResidualBlock, other: ResidualBlock, trace: Trace) -> bool:
+    """Whether the graph, too, says that one block's output is the other's input."""
+    if trace.graph is None:
+        return True
+    source, target = trace.calls[block.call.path][0], trace.calls[other.call.path][0]
+    return target.given(other.stream.argument) is source.result(block.result)
+
+
+def _depth(block: ResidualBlock) -> int:
+    return block.call.path.count(".")
+
+
+def _nested(one: str, other: str) -> bool:
+    return one == other or one.startswith(other + ".") or other.startswith(one + ".")

@@ -1,0 +1,1 @@
+"""What runs in place of a block. Knows neither graphs nor plans."""

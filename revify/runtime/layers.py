@@ -1,0 +1,90 @@
+"""One coupling with its branches: what it computes, forward and backwards, under ordinary autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify.couplings.deriving import Coupling
+from revify.couplings.programs import Apply, Call, names
+from revify.errors import StreamError
+from revify.runtime.numbers import Numbers
+from revify.runtime.replay import version
+
+Values = dict[str, Tensor]
+Sides = Mapping[str, Mapping[str, Any]]  # Any: side inputs of every type pass through
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One coupling of the sequence.
+
+    Args:
+        name: for errors.
+        coupling: with its inverse.
+        branches: by their letters in the formula.
+        sides: keyword arguments of each branch.
+    """
+
+    name: str
+    coupling: Coupling
+    branches: Mapping[str, nn.Module]
+    sides: Sides
+
+    def call(self, step: Call, numbers: Numbers, *values: Tensor, **side: Any) -> tuple[Tensor, ...]:
+        """What a branch gives for stream values, as stream values."""
+        called = f"{self.name}, branch {step.branch}"
+        versions = [version(value) for value in values]
+        branch = partial(self._given, self.branches[step.branch], numbers, side)
+        given = step.execute(dict(zip(operands(step), values, strict=True)), {step.branch: branch})
+        if [version(value) for value in values] != versions:
+            raise StreamError(
+                f"{called} changes its input in place, so the stream cannot go through it. Make its first operation an "
+                "out-of-place one (for activations inplace=False)."
+            )
+        for result in given:
+            if not isinstance(result, Tensor):
+                raise StreamError(f"{called} gave a {type(result).__name__}: expected a tensor of a stream's shape.")
+        return tuple(map(numbers.held, given))
+
+    def apply(self, step: Apply, numbers: Numbers, values: Values, shapes: set[torch.Size]) -> Tensor:
+        """What an operation between the branches gives."""
+        try:
+            return numbers.apply(step, values)
+        except RuntimeError as error:
+            found = ", ".join(f"{name} {tuple(values[name].shape)}" for name in names(step.operands))
+            raise StreamError(
+                f"{self.name}: the shapes of {found} do not fit each other; the streams came in as "
+                f"{', '.join(str(tuple(s)) for s in shapes)}. Each branch must give the shape of the stream that it is "
+                f"added to ({error})."
+            ) from error
+
+    @staticmethod
+    def _given(branch: nn.Module, numbers: Numbers, side: dict[str, Any], *values: Tensor) -> Any:
+        return branch(*(value.to(numbers.branch_dtype) for value in values), **side)
+
+
+def backwards(layer: Layer, numbers: Numbers, outputs: tuple[Tensor, ...], residues: Values) -> tuple[Tensor, ...]:
+    """The input streams of a layer from its outputs, under ordinary autograd."""
+    program, bits = layer.coupling.inverse, numbers.bits(layer.coupling)
+    values = dict(zip(program.inputs, outputs, strict=True))
+    for step in program.instructions:
+        if isinstance(step, Call):
+            given = [values[name] for name in operands(step)]
+            results = layer.call(step, numbers, *given, **dict(layer.sides.get(step.branch, {})))
+            values |= zip(step.results, results, strict=True)
+        elif step.undoes is not None and step.undoes in bits:
+            values[step.result] = numbers.expand(step, values, residues[step.undoes], bits[step.undoes])
+        else:
+            values[step.result] = layer.apply(step, numbers, values, {y.shape for y in outputs})
+    return tuple(values[name] for name in program.outputs)
+
+
+def operands(step: Call) -> tuple[str, ...]:
+    """The values that a call is given, each once."""
+    return tuple(dict.fromkeys(names(step.operands)))

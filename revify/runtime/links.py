@@ -1,0 +1,93 @@
+"""How a block of a stage finds the forward pass that it belongs to: a `Link` rides on the value that it is given.
+
+So the state belongs to the forward pass, never to a module, and a value that something was done to carries no link.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from revify.errors import StreamError
+from revify.runtime.replay import version
+
+
+class Rule(Protocol):
+    """What the blocks of one stage share; known by its identity."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks' paths, or those of their steps, in order."""
+
+
+class Recorded(Protocol):
+    """What is recorded of one forward pass through a stage."""
+
+    @property
+    def rule(self) -> Rule:
+        """Of the stage."""
+
+
+class Rider:
+    """Rides on a value within one forward pass. Of a value that is saved or copied, nothing (an empty set) comes along."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
+        return set, ()  # None has no name that torch.load(weights_only=True) knows
+
+
+class Link(Rider):
+    """Rides on a stream value on its way from one block to the next.
+
+    Args:
+        tape: of this forward pass.
+        index: k+1, the block that comes next.
+        older: z[k-1], with its graph, where the next block needs it.
+        newest: z[k], with its graph, where the value that carries the link is a shorter-typed copy of it; else None.
+    """
+
+    __slots__ = ("index", "newest", "older", "tape", "version")
+
+    def __init__(self, tape: Recorded, index: int, older: Tensor | None, newest: Tensor | None, version: int) -> None:
+        self.tape, self.index, self.older, self.newest, self.version = tape, index, older, newest, version
+
+
+def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
+    """The link that rides on the input of block `index`; None for the first block of a stage.
+
+    Raises:
+        StreamError: the input is not what the block before it returned.
+    """
+    link: Link | None = x.__dict__.pop("revify_link", None) or None
+    if link is None and x._base is not None and _same_place(x, x._base):
+        link = x._base.__dict__.pop("revify_link", None) or None  # FSDP and backward hooks hand on an alias
+    name = rule.names[index]
+    if link is not None and (link.tape.rule is not rule or link.index != index):
+        came_from = link.tape.rule.names[link.index - 1]
+        raise StreamError(
+            f"{name} was given the output of {came_from}, which should go to {link.tape.rule.names[link.index]}: "
+            "the blocks of a stage must be called in the order in which they were converted. Call them in order, or "
+            "convert again after reordering the plain model."
+        )
+    if index == 0:
+        return None
+    previous = rule.names[index - 1]
+    if link is None:
+        raise StreamError(
+            f"{name}: its input is not the output of {previous}. Something stands between the two blocks (an "
+            "operation, a hook that returns a new tensor, gradient checkpointing), or blocks were skipped, repeated "
+            "or called alone. Remove it, or convert the model as it is called now; revify.revert gives the plain "
+            "blocks back."
+        )
+    if version(x) != link.version:
+        raise StreamError(
+            f"{name}: the output of {previous} was changed in place on its way here. Use an out-of-place "
+            "operation inside of the blocks, or convert the model as it is called now."
+        )
+    return link
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())

@@ -1,0 +1,88 @@
+"""Checkpointing of what lies between the stages: the module's input is kept, and it runs again in backward.
+
+It is the runtime's rerun without a stream, so it has the runtime's manners: BatchNorm counts once, the random numbers
+repeat, autograd's graph is real. Modules that are called one after the other share a checkpoint: a `Section` rides on what
+one returns, and the next one joins it if that is what it is given, as it was returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify.errors import StreamError
+from revify.runtime.links import Rider
+from revify.runtime.replay import SideInputs, version
+from revify.runtime.reruns import Rerun
+from revify.runtime.tape import saves_nothing
+from revify.runtime.torch_internals import hidden_from_compiler
+
+
+class Section(Rider):
+    """One forward pass through modules that are called one after the other; it holds what the first was given.
+
+    Attributes:
+        following: the path of the module that may come next, None behind the last.
+        version: of the value that it rides on.
+    """
+
+    def __init__(self) -> None:
+        self.following: str | None = None
+        self.version = 0
+        self._reruns: list[Rerun] = []
+
+    def append(self, rerun: Rerun) -> None:
+        """A module is about to run on what the last one returned, or first of all."""
+        self._reruns.append(rerun)
+
+    def load(self) -> None:
+        """Run all modules again, each on what the one before it gives, for their saved tensors."""
+        with torch.no_grad():
+            values: tuple[Tensor, ...] = ()
+            for rerun in self._reruns:
+                values = (rerun.again(*values, catch=True),)
+
+
+class Checkpointed:
+    """Stands in for the forward of a module between the stages.
+
+    Args:
+        module: the module, as it was.
+        name: its path, for errors.
+        following: the path of the module that shares its checkpoint and comes next, None where there is none.
+    """
+
+    def __init__(self, module: nn.Module, name: str, following: str | None = None) -> None:
+        self.module, self.name, self.following = module, name, following
+
+    @hidden_from_compiler
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
+        if not saves_nothing():
+            return self._run(*args, **kwargs)
+        section = self._section(args, kwargs)
+        side = SideInputs.of(args, kwargs) if section is None else SideInputs.of((), {})
+        device = next((t.device for t in (*side.tensors(), *args) if isinstance(t, Tensor)), None)
+        if device is None:
+            raise StreamError(f"{self.name} was called without a tensor, so there is nothing to checkpoint it from.")
+        section = section or Section()
+        rerun = Rerun(self.name, self._run, self.module, side)
+        section.append(rerun)
+        output = rerun.first(lambda: self._run(*args, **kwargs), device, section.load)
+        if self.following and isinstance(output, Tensor):
+            section.following, section.version = self.following, version(output)
+            output.revify_section = section  # type: ignore[attr-defined]
+        return output
+
+    def _section(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Section | None:
+        """The one that the module joins; None where its input is not just what the module before it returned."""
+        values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        found = [value.__dict__.pop("revify_section", None) for value in values]
+        if len(args) != 1 or kwargs or not found or not found[0]:
+            return None
+        section: Section = found[0]
+        return section if (section.following, section.version) == (self.name, version(values[0])) else None
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)

@@ -1,0 +1,302 @@
+"""A sequence of couplings forward without keeping anything, and wound back by instructions in backward.
+
+Forward. Each coupling runs as its program. A branch is called under hooks that drop what autograd saves (`reruns`);
+what the operations around it save is replaced by its name in the program. The tape keeps the last streams and, where
+a product contracts, the packed residues.
+
+Backward. When autograd first needs something that was dropped in layer k, the tape stands at the outputs of layer k, or
+is wound there, and takes instructions of the derived inverse. A branch is called there anyway: this call is also the
+second run that gives its saved tensors, so each branch runs twice in all, and one branch's activations live at a time.
+
+On a grid the reconstructed values are the same bits, which a checksum confirms. Without one they drift, and how far is
+measured on samples of the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revify.couplings.deriving import Coupling
+from revify.couplings.programs import Apply, Call, Instruction, names
+from revify.errors import StreamError
+from revify.runtime.guards import Drifts, Peaks, Repeats, checksum
+from revify.runtime.layers import Layer, Values, operands
+from revify.runtime.numbers import Numbers
+from revify.runtime.replay import SideInputs, version
+from revify.runtime.reruns import Rerun
+from revify.runtime.tape import Value, with_strides
+
+SAMPLES = 256  # of each stream, to measure the drift
+
+
+@dataclass(slots=True)
+class Passage:
+    """What the tape keeps of one layer.
+
+    Args:
+        layer: the layer.
+        reruns: of its branch calls, by the names of their results.
+        needs_grad: which values had a gradient.
+        strides: of every value, which its reconstruction must have too: kernels depend on them.
+        marks: of the input streams, a checksum or a sample.
+        residues: the packed bits of values that contracted.
+    """
+
+    layer: Layer
+    reruns: dict[tuple[str, ...], Rerun] = field(default_factory=dict)
+    needs_grad: dict[str, bool] = field(default_factory=dict)
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    marks: dict[str, Tensor] = field(default_factory=dict)
+    residues: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Stands in a graph for a value of a layer's program."""
+
+    load: Callable[[], Tensor]
+
+
+class Rewind:
+    """One forward pass through a sequence: able to stand at the outputs of every layer, holding those of one.
+
+    Args:
+        numbers: how its values are held.
+        recorded: whether a backward may come, with nothing saved for it.
+    """
+
+    def __init__(self, numbers: Numbers, *, recorded: bool) -> None:
+        self.numbers = numbers
+        self.recorded = recorded
+        self._passages: list[Passage] = []
+        self._ends: list[Value] = []  # the last streams, until the first step back
+        self._position = -1
+        self._values: Values = {}  # of the layer at which the tape stands
+        self._ahead: list[Instruction] = []  # of its inverse
+        self._peaks = None if numbers.grid is None else Peaks(numbers.grid)
+        self._repeats: Repeats | Drifts = Drifts() if numbers.grid is None else Repeats()
+
+    # Forward
+
+    def enter(self, name: str, *streams: Tensor) -> None:
+        """Note what the pass begins with."""
+        if self._peaks is not None:
+            for stream in streams:
+                self._peaks.enter(name, stream)
+
+    def forward(self, layer: Layer, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run one layer."""
+        passage, program = Passage(layer), layer.coupling.forward
+        self._passages.append(passage)
+        values = dict(zip(program.inputs, streams, strict=True))
+        if self.recorded:
+            passage.marks = {name: self._mark(value) for name, value in values.items()}
+        shapes = {stream.shape for stream in streams}
+        for step in program.instructions:
+            if isinstance(step, Call):
+                values |= zip(step.results, self._call(len(self._passages) - 1, step, values), strict=True)
+            elif step.result in self.numbers.bits(layer.coupling):
+                values[step.result], passage.residues[step.result] = self.numbers.contract(step, values)
+            else:
+                values[step.result] = self._apply(len(self._passages) - 1, step, values, shapes)
+                if self._peaks is not None:
+                    self._peaks.observe(layer.name, values[step.result])
+        if self.recorded:
+            passage.needs_grad = {name: value.requires_grad for name, value in values.items()}
+            passage.strides = {name: value.stride() for name, value in values.items()}
+        outputs = tuple(values[name] for name in program.outputs)
+        if sorted(map(tuple, shapes)) != sorted({tuple(y.shape) for y in outputs}):
+            raise StreamError(
+                f"{layer.name}: streams of shapes {', '.join(str(tuple(x.shape)) for x in streams)} came out as "
+                f"{', '.join(str(tuple(y.shape)) for y in outputs)}. Each branch must give the shape of the stream "
+                "that it is added to."
+            )
+        return outputs
+
+    def finish(self, outputs: tuple[Tensor, ...]) -> None:
+        """The pass ends with these streams, or exact copies of them."""
+        self.stop(outputs)
+        if self._peaks is not None:
+            self._peaks.check()
+
+    def stop(self, outputs: tuple[Tensor, ...]) -> None:
+        """The pass stands at these streams; more layers may follow, or a backward."""
+        if self.recorded:
+            self._ends = [Value(y.detach(), version(y)) for y in outputs]
+            self._position = len(self._passages) - 1
+
+    def residues(self) -> list[dict[str, Tensor]]:
+        """The packed bits of every layer."""
+        return [passage.residues for passage in self._passages]
+
+    def _call(self, k: int, step: Call, values: Values) -> tuple[Tensor, ...]:
+        passage = self._passages[k]
+        layer, given = passage.layer, [values[name] for name in operands(step)]
+        side = dict(layer.sides.get(step.branch, {}))
+        if not self.recorded:
+            return layer.call(step, self.numbers, *given, **side)
+        run = partial(layer.call, step, self.numbers)
+        branch = layer.branches[step.branch]
+        rerun = Rerun(f"{layer.name}, branch {step.branch}", run, branch, SideInputs.of((), side))
+        passage.reruns[step.results] = rerun
+        device = given[0].device if given else values[layer.coupling.forward.inputs[0]].device
+        results: tuple[Tensor, ...] = rerun.first(
+            lambda: run(*given, **side), device, partial(self._load_call, k, step)
+        )
+        return results
+
+    def _apply(self, k: int, step: Apply, values: Values, shapes: set[torch.Size]) -> Tensor:
+        layer = self._passages[k].layer
+        if not self.recorded:
+            return layer.apply(step, self.numbers, values, shapes)
+        own = {name: _place(values[name]) for name in names(step.operands)}
+
+        def drop(tensor: Tensor) -> Named:
+            named = [name for name, place in own.items() if place == _place(tensor)]
+            return Named(partial(self._load_value, k, named[0] if named else step.result))
+
+        with saved_tensors_hooks(drop, lambda kept: kept.load()):
+            return layer.apply(step, self.numbers, values, shapes)
+
+    # Backward
+
+    def _load_call(self, k: int, step: Call) -> None:
+        """Have what a branch call saved."""
+        with torch.no_grad():
+            self._stand_at(k)
+            caught = False
+            while not self._knows(step.results) and not caught:
+                caught = self._undo(catch=True) == step.results
+            if not caught:
+                self._again(step, catch=True)
+        self._repeats.check_in_the_end()
+
+    def _load_value(self, k: int, name: str) -> Tensor:
+        """Have a value of a layer's program."""
+        with torch.no_grad():
+            self._stand_at(k)
+            while not self._knows((name,)):
+                self._undo(catch=True)
+        self._repeats.check_in_the_end()
+        return self._values[name]
+
+    def _stand_at(self, k: int) -> None:
+        """Wind to layer k, with its outputs known."""
+        if self._ends:
+            if self._peaks is not None:
+                self._peaks.check()
+            ends = [value.checked("the sequence") for value in self._ends]
+            self._ends = []
+            self._enter(self._position, ends)
+        while self._position > k:
+            while self._ahead:
+                self._undo(catch=False)
+            inputs = [self._values[name] for name in self._coupling.forward.inputs]
+            self._leave()
+            self._enter(self._position - 1, inputs)
+        while self._position < k:
+            outputs = [self._values[name] for name in self._coupling.forward.outputs]
+            self._leave()
+            self._redo(self._position + 1, outputs)
+
+    @property
+    def _coupling(self) -> Coupling:
+        return self._passages[self._position].layer.coupling
+
+    def _enter(self, k: int, outputs: list[Tensor]) -> None:
+        """Stand at layer k, coming from behind it: what is known is its outputs."""
+        self._position, coupling = k, self._passages[k].layer.coupling
+        self._values = {}
+        for name, value in zip(coupling.forward.outputs, outputs, strict=True):
+            self._learn(name, value)
+        self._ahead = list(coupling.inverse.instructions)
+
+    def _leave(self) -> None:
+        for rerun in self._passages[self._position].reruns.values():
+            rerun.forget()
+
+    def _redo(self, k: int, inputs: list[Tensor]) -> None:
+        """Stand at layer k, coming from before it, with everything known: only a second backward needs this."""
+        self._position, self._values, self._ahead = k, {}, []
+        for name, value in zip(self._coupling.forward.inputs, inputs, strict=True):
+            self._learn(name, value)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Know every value of the layer, once its inputs are."""
+        passage, bits = self._passages[self._position], self.numbers.bits(self._coupling)
+        for step in self._coupling.forward.instructions:
+            if self._knows(step.results):
+                continue
+            if isinstance(step, Call):
+                self._again(step, catch=False)
+            elif step.result in bits:
+                value, passage.residues[step.result] = self.numbers.contract(step, self._values)
+                self._learn(step.result, value)
+            else:
+                self._learn(step.result, self.numbers.apply(step, self._values))
+
+    def _undo(self, *, catch: bool) -> tuple[str, ...]:
+        """Take the next instruction of the inverse, with all operations that follow a call; the call's results."""
+        passage = self._passages[self._position]
+        called: tuple[str, ...] = ()
+        if not self._ahead:
+            self._fill()  # what the inverse did not need
+        elif isinstance(step := self._ahead[0], Call):
+            self._ahead.pop(0)
+            self._again(step, catch=catch)
+            called = step.results
+        while self._ahead and isinstance(step := self._ahead[0], Apply):
+            self._ahead.pop(0)
+            bits = self.numbers.bits(self._coupling)
+            if step.undoes is not None and step.undoes in bits:
+                value = self.numbers.expand(step, self._values, passage.residues[step.undoes], bits[step.undoes])
+            else:
+                value = self.numbers.apply(step, self._values)
+            self._learn(step.result, value)
+            self._check(step.result)
+        return called
+
+    def _again(self, step: Call, *, catch: bool) -> None:
+        """Run a branch again on values that are known."""
+        passage = self._passages[self._position]
+        given = [self._values[n].detach().requires_grad_(passage.needs_grad[n]) for n in operands(step)]
+        results = passage.reruns[step.results].again(*given, catch=catch)
+        for name, result in zip(step.results, results, strict=True):
+            self._learn(name, result.detach())
+
+    def _learn(self, name: str, value: Tensor) -> None:
+        self._values[name] = with_strides(value, self._passages[self._position].strides.get(name, value.stride()))
+
+    def _knows(self, wanted: tuple[str, ...]) -> bool:
+        return self._values.keys() >= set(wanted)
+
+    def _mark(self, stream: Tensor) -> Tensor:
+        return sample(stream) if self.numbers.grid is None else checksum(stream)
+
+    def _check(self, name: str) -> None:
+        """Compare an input stream of the layer, once it is known, with what came in."""
+        passage = self._passages[self._position]
+        if name not in passage.marks:
+            return
+        mark = self._mark(self._values[name])
+        if isinstance(self._repeats, Drifts):
+            self._repeats.note(passage.layer.name, mark, passage.marks[name])
+        else:
+            self._repeats.note(passage.layer.name, mark != passage.marks[name])
+
+
+def sample(stream: Tensor) -> Tensor:
+    """Up to SAMPLES values, evenly spread."""
+    flat = stream.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -1,0 +1,163 @@
+"""A block of a stage as a step of the recurrence: what stands in for its forward.
+
+    z[k], z[k-1] ── T, q ──▶ z[k+1] = T(z[k]) + γ (z[k-1] − q(z[k]))
+
+A step finds its tape by the tensor that it is given (`links`), and leaves everything that belongs to the pass there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revify.errors import StreamError
+from revify.runtime.arguments import split_stream
+from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs
+from revify.runtime.guards import checksum
+from revify.runtime.links import Link, take_link
+from revify.runtime.predictors import Predictor
+from revify.runtime.replay import SideInputs, version
+from revify.runtime.reruns import Rerun
+from revify.runtime.tape import Entry, StageRule, Tape, saves_nothing
+from revify.runtime.torch_internals import hidden_from_compiler
+
+
+class Step:
+    """Stands in for the forward of the `index`-th block of a stage.
+
+    Args:
+        block: the module, as it was; its own forward is T.
+        rule: what the stage's steps share.
+        index: k, counted from 0; the first step is the ordinary block.
+        predictor: q.
+        stream: which argument is the stream, a position or a keyword.
+        transform: T where it is a part of the block: called as its forward, with the block before the arguments.
+        result: which of several results is the stream, None where T returns one tensor; the others pass through.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        rule: StageRule,
+        index: int,
+        predictor: Predictor,
+        stream: int | str = 0,
+        transform: Callable[..., Any] | None = None,
+        result: int | None = None,
+    ) -> None:
+        self.block, self.rule, self.index, self.predictor, self.stream = block, rule, index, predictor, stream
+        self.transform = transform or type(block).forward
+        self.result = result
+
+    @property
+    def name(self) -> str:
+        return self.rule.names[self.index]
+
+    @hidden_from_compiler
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
+        if self.rule.sign == "random" and not self.block.training:
+            return self.transform(self.block, *args, **kwargs)
+        x, side = split_stream(self.stream, self.name, args, kwargs)
+        tape, z, older = self._take(x)
+        if not tape.continues_at(self.index):
+            tape = Tape(self.rule)
+        branch_dtype = z.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        value, others = self._step(tape, z, older, side, branch_dtype)
+        visible = value.to(branch_dtype)
+        if self.index + 1 < len(self.rule.names):
+            newest = None if visible is value else value
+            visible.revify_link = Link(tape, self.index + 1, z, newest, version(visible))  # type: ignore[attr-defined]
+        else:
+            tape.check_range()
+        if self.result is None:
+            return visible
+        return (*others[: self.result], visible, *others[self.result :])
+
+    def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
+        """The tape of this forward pass, z[k] and z[k-1]."""
+        link = take_link(x, self.rule, self.index)
+        if link is None:
+            tape = Tape(self.rule)
+            tape.enter(x)
+            return tape, OnGrid.apply(x, self.rule.grid), None
+        assert isinstance(link.tape, Tape)  # a rule belongs to steps only
+        return link.tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
+
+    def _step(
+        self, tape: Tape, z: Tensor, older: Tensor | None, side: tuple[Any, ...], branch_dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come, and the block's other results."""
+        args, kwargs = side
+        sign = self._sign(z) if older is not None else None
+        recorded = saves_nothing()
+        if recorded:
+            rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, None, branch_dtype, *args), kwargs))
+            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, z.stride(), checksum(z), sign))
+            gap, t, late, others = rerun.first(
+                lambda: self._branch(z, older, sign, branch_dtype, *args, **kwargs),
+                z.device,
+                partial(tape.load, self.index),
+            )
+        else:
+            gap, t, late, others = self._branch(z, older, sign, branch_dtype, *args, **kwargs)
+        value, residue = t, None
+        if older is not None:
+            value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign)
+            tape.observe(self.index, gap)
+            if late is not None:
+                tape.observe(self.index, gap.detach() - late.detach())
+        tape.observe(self.index, value)
+        if recorded:
+            tape.advance(self.index, t, value, residue)
+        return value, others
+
+    def _sign(self, z: Tensor) -> Sign:
+        if self.rule.sign == "random":
+            return random_signs(z)
+        return balanced_sign(self.index) if self.rule.sign == "balanced" else None
+
+    def _branch(
+        self,
+        z: Tensor,
+        older: Tensor | None,
+        sign: Sign,
+        branch_dtype: torch.dtype,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
+        """u = z[k-1] − a(z[k]), or a(z[k]) alone where z[k-1] is what is sought; T(z[k]); c(T(z[k])); the rest."""
+        first = self.index == 0
+        forecast = z if first else self.predictor.before(z)
+        if older is not None:
+            forecast = Gap.apply(older, forecast, self.rule.bits[self.index], sign)
+        if isinstance(self.stream, int):
+            args = (*args[: self.stream], z.to(branch_dtype), *args[self.stream + 1 :])
+        else:
+            kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
+        before = version(z)
+        outputs = self.transform(self.block, *args, **kwargs)
+        others: tuple[Any, ...] = ()
+        if self.result is not None and isinstance(outputs, tuple | list) and len(outputs) > self.result:
+            others = (*outputs[: self.result], *outputs[self.result + 1 :])
+            outputs = outputs[self.result]
+        if not isinstance(outputs, Tensor) or outputs.shape != z.shape:
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise StreamError(
+                f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}."
+            )
+        if version(z) != before:
+            raise StreamError(
+                f"{self.name} changes its input in place, so the stream cannot go through it. Make the first operation "
+                "of the block an out-of-place one (for activations inplace=False) before converting."
+            )
+        t = OnGrid.apply(outputs, self.rule.grid)
+        return forecast, t, None if first else self.predictor.after(t), others
+
+    def parts_again(self, entry: Entry, z: Tensor, *, catch: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""
+        forecast, t, late, _ = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
+        return forecast.detach(), t.detach(), None if late is None else late.detach()
