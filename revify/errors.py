@@ -15,8 +15,8 @@ class StreamError(RevifyError):
     """A converted model was run in a way that its stream of values does not allow."""
 
 
-class GridRangeError(StreamError):
-    """A stream value left the range in which the grid is exact, or is not finite."""
+class GridRangeError(StreamError, ArithmeticError):
+    """A finite stream value left the range in which the grid is exact, where a backward was to follow."""
 
 
 class ReplayError(StreamError):

@@ -462,6 +462,24 @@ def test_values_out_of_range() -> None:
         sequence(additive, grid=20)(tokens() * 100)
 
 
+@pytest.mark.parametrize("coupling", [additive, affine, damped])
+def test_values_that_are_not_finite_flow(coupling: Formula) -> None:
+    model, x = sequence(coupling), tokens()
+    x[0, 0, 0] = torch.nan
+    given = x.clone().requires_grad_()
+    model(given).sum().backward()
+    with revify.plain_backward():
+        plain = x.clone().requires_grad_()
+        model(plain).sum().backward()
+    assert given.grad[0].isnan().any()
+    assert torch.equal(given.grad[1].isfinite(), plain.grad[1].isfinite())
+
+
+def test_without_gradients_nothing_of_the_grid_raises() -> None:
+    with torch.no_grad():
+        assert sequence(additive, grid=20)(tokens() * 100).isfinite().all()
+
+
 def test_a_hook_that_replaces_the_streams() -> None:
     model = sequence(additive)
     model[1].register_forward_hook(lambda module, args, output: tuple(y * 2 for y in output))

@@ -82,7 +82,8 @@ class Step:
         link = take_link(x, self.rule, self.index)
         if link is None:
             tape = Tape(self.rule)
-            tape.enter(x)
+            if saves_nothing():
+                tape.enter(x)
             return tape, OnGrid.apply(x, self.rule.grid), None
         assert isinstance(link.tape, Tape)  # a rule belongs to steps only
         return link.tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
@@ -107,11 +108,12 @@ class Step:
         value, residue = t, None
         if older is not None:
             value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign)
-            tape.observe(self.index, gap)
-            if late is not None:
-                tape.observe(self.index, gap.detach() - late.detach())
-        tape.observe(self.index, value)
         if recorded:
+            if older is not None:
+                tape.observe(self.index, gap)
+            if late is not None and older is not None:
+                tape.observe(self.index, gap.detach() - late.detach())
+            tape.observe(self.index, value)
             tape.advance(self.index, t, value, residue)
         return value, others
 

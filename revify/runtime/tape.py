@@ -163,7 +163,7 @@ class Tape:
         self._peaks.observe(self.rule.names[index], *values)
 
     def check_range(self) -> None:
-        """Refuse values outside of the range where the grid is exact."""
+        """Refuse finite values outside of the range where the grid is exact."""
         self._peaks.check()
 
     # Backward
@@ -192,8 +192,7 @@ class Tape:
         forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
         if index == self._first:
             assert self._first_output is not None  # invariant: the step ran
-            differs = (newer != t).any() if index == 0 else checksum(t) != self._first_output
-            self._repeats.note(self.rule.names[index], differs)
+            self._note(index, (newer != t).any() if index == 0 else checksum(t) != self._first_output)
             return
         gap = unstep(newer, t, entry.residue, self.rule.bits[index], self.rule.grid, entry.sign)
         del newer, t
@@ -204,7 +203,12 @@ class Tape:
         previous = with_strides(gap, self._entries[index - 1].stride)
         self._newer, self._older = self._older, Value(previous, None)
         self._position = index - 1
-        self._repeats.note(self.rule.names[index], checksum(previous) != self._entries[index - 1].checksum)
+        self._note(index, checksum(previous) != self._entries[index - 1].checksum)
+
+    def _note(self, index: int, differs: Tensor) -> None:
+        """Whether step `index` did not repeat itself, which only finite values can tell."""
+        if self._peaks.finite:
+            self._repeats.note(self.rule.names[index], differs)
 
     def _forth(self, index: int) -> None:
         """From (z[k-1], z[k]) to (z[k], z[k+1]), k = index: only a second backward needs this."""
