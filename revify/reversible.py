@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from revify.couplings.deriving import Coupling, derive
+from revify.couplings.deriving import derive
 from revify.couplings.formulas import Formula
-from revify.couplings.programs import Apply, names
 from revify.couplings.shipped import additive
-from revify.errors import RevifyError, StreamError
-from revify.runtime.grid import stream_dtype
-from revify.runtime.layers import Layer, Sides, backwards
-from revify.runtime.numbers import Numbers, common_grid
-from revify.runtime.rewinding import Rewind
-from revify.runtime.tape import saves_nothing
+from revify.errors import RevifyError
+from revify.runtime.layers import Layer, Sides
+from revify.runtime.sequences import Residues, Streams, forward, inverse, passing_of
 from revify.runtime.torch_internals import hidden_from_compiler
 
-Streams = Tensor | tuple[Tensor, ...]
-Residues = list[dict[str, Tensor]]
 GRID = 12
 
 
@@ -46,7 +38,8 @@ class Reversible(nn.Module):
         True
 
     Args:
-        branches: modules, in the order in which the formula names them. They keep these names as submodules.
+        branches: modules, in the order in which the formula names them. They keep these names as submodules. Given the
+            first only, the others are copies of it, with parameters of their own.
         coupling: the formula, forward only; see `revify.couplings`.
         dim: the axis along which a tensor is split into the streams. Of an odd size the first stream gets one more.
         grid: resolution q; stream values are multiples of 2^-q.
@@ -62,47 +55,58 @@ class Reversible(nn.Module):
     def __init__(self, *branches: nn.Module, coupling: Formula = additive, dim: int = 1, grid: int = GRID) -> None:
         super().__init__()
         self.coupling, self.dim, self.grid = derive(coupling), dim, grid
-        letters = self.coupling.forward.branches
+        gives = self.coupling.forward.gives
+        letters = tuple(gives)
+        if len(branches) == 1 and isinstance(branches[0], nn.Module) and len(set(gives.values())) == 1:
+            branches = (*branches, *(copy.deepcopy(branches[0]) for _ in letters[1:]))
         if len(branches) != len(letters) or not all(isinstance(branch, nn.Module) for branch in branches):
             given = ", ".join(type(branch).__name__ for branch in branches) or "nothing"
             raise RevifyError(
                 f"the coupling {self.coupling.name} has {len(letters)} branches ({', '.join(letters)}), got {given}: "
-                "pass a torch.nn.Module for each."
+                "pass a torch.nn.Module for each, or one of which the others are copies."
             )
         for letter, branch in zip(letters, branches, strict=True):
             self.add_module(letter, branch)
 
     @hidden_from_compiler
-    def forward(self, x: Streams, side: Sides | None = None) -> Streams:
+    def forward(self, x: Streams, *more: Tensor | Sides, side: Sides | None = None) -> Streams:
         """The outputs of the block.
 
         Args:
             x: a tensor to be split, or a tuple of one tensor for each stream.
+            more: the other streams, where x is the first one: `block(x1, x2)`.
             side: more arguments for branches, by letter and keyword: `{"F": {"mask": mask}}`.
 
         Returns:
-            As `x`: a tensor of the same size, or a tuple.
+            A tensor of the same size for a tensor, else a tuple.
         """
-        passing = _passing.get()
-        if passing is not None and passing.expected is self:
-            return passing.through(x, side or {})
-        return _forward([self], x, side or {})[0]
+        streams, side = _arguments(x, more, side)
+        passing = passing_of(self)
+        if passing is not None:
+            return passing.through(streams if isinstance(streams, tuple) else (streams,), side)
+        return forward([self], streams, side, call=False)[0]
 
-    def inverse(self, y: Streams, side: Sides | None = None, residues: Residues | None = None) -> Streams:
-        """The inputs of the block, from its outputs, under ordinary autograd.
-
-        What a branch gives must depend on its arguments alone: call it in eval mode.
+    @hidden_from_compiler
+    def inverse(
+        self, y: Streams, *more: Tensor | Sides, side: Sides | None = None, residues: Residues | None = None
+    ) -> Streams:
+        """The inputs of the block, from its outputs; it stores no activations either.
 
         Args:
             y: what the block returned.
+            more: the other streams, where y is the first one.
             side: as for `forward`.
             residues: of `forward_and_residues`, for couplings that contract (`damped`).
+
+        Raises:
+            StreamError: a branch drew random numbers, which are not those of the forward pass: call it in eval mode.
         """
-        return _inverse([self], y, side or {}, residues)
+        streams, side = _arguments(y, more, side)
+        return inverse([self], streams, side, residues)
 
     def forward_and_residues(self, x: Streams, side: Sides | None = None) -> tuple[Streams, Residues]:
         """As `forward`, with the bits that an exact inverse needs where a coupling contracts."""
-        return _forward([self], x, side or {})
+        return forward([self], x, side or {}, call=False)
 
     def layer(self, index: int, side: Sides) -> Layer:
         """This block as the runtime's layer."""
@@ -120,7 +124,7 @@ class ReversibleSequence(nn.Module):
     """`Reversible` blocks one after the other, which hold the outputs of the last one only, whatever the depth.
 
     Couplings may differ from block to block; if one of them needs floats, all run in floats. Hooks on the blocks fire
-    once, with a tuple of streams. Indexing, `len` and iteration give the blocks.
+    once; a block is called with its streams, and returns a tuple of them. Indexing, `len` and iteration give the blocks.
 
     Example:
         >>> import torch, revify
@@ -147,17 +151,22 @@ class ReversibleSequence(nn.Module):
             )
 
     @hidden_from_compiler
-    def forward(self, x: Streams, side: Sides | None = None) -> Streams:
+    def forward(self, x: Streams, *more: Tensor | Sides, side: Sides | None = None) -> Streams:
         """The outputs of the last block; arguments as for `Reversible.forward`, with `side` for every block."""
-        return _forward(list(self), x, side or {})[0]
+        streams, side = _arguments(x, more, side)
+        return forward(list(self), streams, side, call=True)[0]
 
-    def inverse(self, y: Streams, side: Sides | None = None, residues: Residues | None = None) -> Streams:
+    @hidden_from_compiler
+    def inverse(
+        self, y: Streams, *more: Tensor | Sides, side: Sides | None = None, residues: Residues | None = None
+    ) -> Streams:
         """The inputs of the first block from the outputs of the last; as `Reversible.inverse`."""
-        return _inverse(list(self), y, side or {}, residues)
+        streams, side = _arguments(y, more, side)
+        return inverse(list(self), streams, side, residues)
 
     def forward_and_residues(self, x: Streams, side: Sides | None = None) -> tuple[Streams, Residues]:
         """As `forward`, with the bits that an exact inverse needs where a coupling contracts."""
-        return _forward(list(self), x, side or {})
+        return forward(list(self), x, side or {}, call=True)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -169,123 +178,9 @@ class ReversibleSequence(nn.Module):
         return iter(self.blocks)
 
 
-@dataclass(slots=True)
-class Passing:
-    """One forward pass on its way through the blocks.
-
-    Args:
-        rewind: what records it.
-        streams: where it stands.
-        index: of the block that comes next.
-        expected: this block.
-        side: the side inputs.
-    """
-
-    rewind: Rewind
-    streams: tuple[Tensor, ...]
-    index: int
-    expected: Reversible | None
-    side: Sides
-
-    def through(self, x: Streams, side: Sides) -> tuple[Tensor, ...]:
-        """Go through the block that is called just now, from within its `__call__`."""
-        self._confirm(x)
-        block, self.expected = self.expected, None
-        assert block is not None  # as the caller asked
-        self.streams = self.rewind.forward(block.layer(self.index, side), self.streams)
-        return self.streams
-
-    def _confirm(self, x: object) -> None:
-        if not isinstance(x, tuple) or any(a is not b for a, b in zip(x, self.streams, strict=False)):
-            raise StreamError(
-                f"block {self.index}: its input is not the output of the block before it. A hook on a block returned "
-                "something else: within a ReversibleSequence hooks may look at the streams, but not replace them."
-            )
-
-
-_passing: ContextVar[Passing | None] = ContextVar("revify_passing", default=None)
-
-
-def _forward(blocks: list[Reversible], x: Streams, side: Sides) -> tuple[Streams, Residues]:
-    """Through all blocks, as one pass."""
-    first = blocks[0]
-    given = _split(x, first, swapped=False)
-    device, dtype = given[0].device, given[0].dtype
-    grid = common_grid((block.coupling for block in blocks), first.grid)
-    branch_dtype = stream_dtype(dtype) if torch.is_autocast_enabled(device.type) else dtype
-    numbers = Numbers(grid, branch_dtype)
-    rewind = Rewind(numbers, recorded=saves_nothing())
-    passing = Passing(rewind, tuple(map(numbers.held, given)), 0, None, side)
-    if len(blocks) == 1:
-        passing.streams = rewind.forward(first.layer(0, side), passing.streams)
-    else:
-        _through(blocks, passing)
-    outputs = tuple(y.to(branch_dtype) for y in passing.streams)
-    if isinstance(x, Tensor):
-        joined = torch.cat(outputs, first.dim)
-        outputs = torch.split(joined, [y.shape[first.dim] for y in outputs], first.dim)
-    exact_copies = outputs if outputs[0].dtype == passing.streams[0].dtype else passing.streams
-    rewind.finish(tuple(y.detach() for y in exact_copies))
-    return joined if isinstance(x, Tensor) else outputs, rewind.residues()
-
-
-def _through(blocks: list[Reversible], passing: Passing) -> None:
-    """Call each block, so that its hooks fire; it finds the pass that it belongs to."""
-    for index, block in enumerate(blocks):
-        passing.index, passing.expected = index, block
-        token = _passing.set(passing)
-        try:
-            output = block(passing.streams, passing.side)
-        finally:
-            _passing.reset(token)
-        passing._confirm(output)
-
-
-def _inverse(blocks: list[Reversible], y: Streams, side: Sides, residues: Residues | None) -> Streams:
-    """Backwards through all blocks."""
-    couplings = [block.coupling for block in blocks]
-    grid = common_grid(couplings, blocks[0].grid)
-    given = _split(y, blocks[0], swapped=sum(map(_swaps, couplings)) % 2 == 1)
-    numbers = Numbers(grid, given[0].dtype)
-    if residues is None and any(numbers.bits(coupling) for coupling in couplings):
-        raise RevifyError(
-            f"{couplings[0].name} contracts: its outputs alone do not say what its inputs were. Keep the bits: "
-            "y, residues = block.forward_and_residues(x), then block.inverse(y, residues=residues)."
-        )
-    streams = tuple(map(numbers.held, given))
-    for index, block in reversed(list(enumerate(blocks))):
-        streams = backwards(block.layer(index, side), numbers, streams, residues[index] if residues else {})
-    outputs = tuple(x.to(given[0].dtype) for x in streams)
-    return torch.cat(outputs, blocks[0].dim) if isinstance(y, Tensor) else outputs
-
-
-def _split(x: Streams, block: Reversible, *, swapped: bool) -> tuple[Tensor, ...]:
-    """The streams of an input; `swapped` says that the larger one is the last."""
-    count = len(block.coupling.forward.inputs)
-    if isinstance(x, Tensor):
-        if not -x.dim() <= block.dim < x.dim() or x.shape[block.dim] < count:
-            raise StreamError(
-                f"a tensor of shape {tuple(x.shape)} cannot be split into {count} streams along dim={block.dim}: give "
-                "the axis of the channels, Reversible(…, dim=1) for NCHW or dim=-1 for tokens."
-            )
-        sizes = [part.numel() for part in torch.tensor_split(torch.empty(x.shape[block.dim], device="meta"), count)]
-        return torch.split(x, sizes[::-1] if swapped else sizes, block.dim)
-    tensors = isinstance(x, tuple) and all(isinstance(part, Tensor) for part in x)
-    if not tensors or len(x) != count:
-        raise StreamError(
-            f"expected a tensor or a tuple of {count} tensors, one for each stream of {block.coupling.name}; got "
-            f"{type(x).__name__}" + (f" of {len(x)}." if isinstance(x, tuple) else ".")
-        )
-    return x
-
-
-def _swaps(coupling: Coupling) -> bool:
-    """Whether the first of the outputs has the shape of the last of the inputs: operations keep shapes."""
-    program = coupling.forward
-    alike = {program.inputs[-1]}
-    for _ in program.instructions:  # as often as it can take to spread through all of them
-        for step in program.instructions:
-            together = {step.result, *names(step.operands)} if isinstance(step, Apply) else set()
-            if together & alike:
-                alike |= together
-    return program.outputs[0] in alike and program.inputs[0] not in alike
+def _arguments(x: Streams, more: tuple[Tensor | Sides, ...], side: Sides | None) -> tuple[Streams, Sides]:
+    """The streams, given as one tensor, as a tuple, or one by one; and the side inputs, which may come after them."""
+    if more and isinstance(more[-1], Mapping) and side is None:
+        side, more = more[-1], more[:-1]
+    streams: Any = (x, *more) if more else x  # Any: what are no tensors is refused where they are split
+    return streams, side or {}

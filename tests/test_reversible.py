@@ -488,8 +488,8 @@ def test_a_hook_that_replaces_the_streams() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    with pytest.raises(revify.RevifyError, match=r"additive has 2 branches \(F, G\), got Branch"):
-        Reversible(Branch())
+    with pytest.raises(revify.RevifyError, match=r"additive has 2 branches \(F, G\), got Branch, Branch, Branch"):
+        Reversible(Branch(), Branch(), Branch())
     with pytest.raises(revify.RevifyError, match="at least one block"):
         ReversibleSequence([])
     with pytest.raises(revify.RevifyError, match="2 different settings"):

@@ -1,4 +1,4 @@
-"""One coupling with its branches: what it computes, forward and backwards, under ordinary autograd."""
+"""One coupling with its branches: what it computes, in either direction, under ordinary autograd."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ class Layer:
     branches: Mapping[str, nn.Module]
     sides: Sides
 
+    def reversed(self) -> Layer:
+        """The layer that leads from its outputs to its inputs, and is undone by the formula itself."""
+        given = self.coupling
+        undoing = Coupling(f"inverse of {given.name}", given.inverse, given.forward, given.determinant, ())
+        return Layer(self.name, undoing, self.branches, self.sides)
+
     def call(self, step: Call, numbers: Numbers, *values: Tensor, **side: Any) -> tuple[Tensor, ...]:
         """What a branch gives for stream values, as stream values."""
         called = f"{self.name}, branch {step.branch}"
@@ -67,22 +73,6 @@ class Layer:
     @staticmethod
     def _given(branch: nn.Module, numbers: Numbers, side: dict[str, Any], *values: Tensor) -> Any:
         return branch(*(value.to(numbers.branch_dtype) for value in values), **side)
-
-
-def backwards(layer: Layer, numbers: Numbers, outputs: tuple[Tensor, ...], residues: Values) -> tuple[Tensor, ...]:
-    """The input streams of a layer from its outputs, under ordinary autograd."""
-    program, bits = layer.coupling.inverse, numbers.bits(layer.coupling)
-    values = dict(zip(program.inputs, outputs, strict=True))
-    for step in program.instructions:
-        if isinstance(step, Call):
-            given = [values[name] for name in operands(step)]
-            results = layer.call(step, numbers, *given, **dict(layer.sides.get(step.branch, {})))
-            values |= zip(step.results, results, strict=True)
-        elif step.undoes is not None and step.undoes in bits:
-            values[step.result] = numbers.expand(step, values, residues[step.undoes], bits[step.undoes])
-        else:
-            values[step.result] = layer.apply(step, numbers, values, {y.shape for y in outputs})
-    return tuple(values[name] for name in program.outputs)
 
 
 def operands(step: Call) -> tuple[str, ...]:

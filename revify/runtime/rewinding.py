@@ -14,7 +14,7 @@ measured on samples of the streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -91,9 +91,17 @@ class Rewind:
             for stream in streams:
                 self._peaks.enter(name, stream)
 
-    def forward(self, layer: Layer, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run one layer."""
-        passage, program = Passage(layer), layer.coupling.forward
+    def forward(
+        self, layer: Layer, streams: tuple[Tensor, ...], residues: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Run one layer.
+
+        Args:
+            layer: the coupling; a reversed one leads from its outputs to its inputs.
+            streams: what goes into it.
+            residues: the bits that a reversed layer's values lost when they contracted.
+        """
+        passage, program = Passage(layer, residues=dict(residues or {})), layer.coupling.forward
         self._passages.append(passage)
         values = dict(zip(program.inputs, streams, strict=True))
         if self.recorded:
@@ -102,8 +110,8 @@ class Rewind:
         for step in program.instructions:
             if isinstance(step, Call):
                 values |= zip(step.results, self._call(len(self._passages) - 1, step, values), strict=True)
-            elif step.result in self.numbers.bits(layer.coupling):
-                values[step.result], passage.residues[step.result] = self.numbers.contract(step, values)
+            elif self._shifts(passage, step):
+                values[step.result] = self._compute(passage, step, values)
             else:
                 values[step.result] = self._apply(len(self._passages) - 1, step, values, shapes)
                 if self._peaks is not None:
@@ -151,6 +159,20 @@ class Rewind:
             lambda: run(*given, **side), device, partial(self._load_call, k, step)
         )
         return results
+
+    def _shifts(self, passage: Passage, step: Apply) -> bool:
+        """Whether the operation shifts bits out, or those that were kept in again."""
+        return (step.undoes or step.result) in self.numbers.bits(passage.layer.coupling)
+
+    def _compute(self, passage: Passage, step: Apply, values: Values) -> Tensor:
+        """The result of an operation; bits that it shifts out are kept in the passage, and come from there again."""
+        if not self._shifts(passage, step):
+            return self.numbers.apply(step, values)
+        if step.undoes is None:
+            value, passage.residues[step.result] = self.numbers.contract(step, values)
+            return value
+        bits = self.numbers.bits(passage.layer.coupling)[step.undoes]
+        return self.numbers.expand(step, values, passage.residues[step.undoes], bits)
 
     def _apply(self, k: int, step: Apply, values: Values, shapes: set[torch.Size]) -> Tensor:
         layer = self._passages[k].layer
@@ -232,17 +254,14 @@ class Rewind:
 
     def _fill(self) -> None:
         """Know every value of the layer, once its inputs are."""
-        passage, bits = self._passages[self._position], self.numbers.bits(self._coupling)
+        passage = self._passages[self._position]
         for step in self._coupling.forward.instructions:
             if self._knows(step.results):
                 continue
             if isinstance(step, Call):
                 self._again(step, catch=False)
-            elif step.result in bits:
-                value, passage.residues[step.result] = self.numbers.contract(step, self._values)
-                self._learn(step.result, value)
             else:
-                self._learn(step.result, self.numbers.apply(step, self._values))
+                self._learn(step.result, self._compute(passage, step, self._values))
 
     def _undo(self, *, catch: bool) -> tuple[str, ...]:
         """Take the next instruction of the inverse, with all operations that follow a call; the call's results."""
@@ -251,17 +270,12 @@ class Rewind:
         if not self._ahead:
             self._fill()  # what the inverse did not need
         elif isinstance(step := self._ahead[0], Call):
-            self._ahead.pop(0)
             self._again(step, catch=catch)
+            self._ahead.pop(0)  # only now: after an error in the branch, a second try begins with it again
             called = step.results
         while self._ahead and isinstance(step := self._ahead[0], Apply):
+            self._learn(step.result, self._compute(passage, step, self._values))
             self._ahead.pop(0)
-            bits = self.numbers.bits(self._coupling)
-            if step.undoes is not None and step.undoes in bits:
-                value = self.numbers.expand(step, self._values, passage.residues[step.undoes], bits[step.undoes])
-            else:
-                value = self.numbers.apply(step, self._values)
-            self._learn(step.result, value)
             self._check(step.result)
         return called
 
