@@ -20,7 +20,7 @@ from pretrained import cifar10, cifar_resnet, flowers, vit_small
 from torch import Tensor, nn
 
 import revify
-from revify.runtime.predictors import CALIBRATED, FIXED
+from revify.words import CALIBRATED, FIXED
 
 PREDICTORS = (*FIXED, "identity +", *CALIBRATED, "auto")
 

@@ -68,7 +68,7 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor], *, plain: bool) -> li
 def main() -> None:
     torch.manual_seed(0)
     for name, (model, inputs) in networks().items():
-        converted = revify.convert(model, inputs, transitions="checkpoint", **revify.presets.idm.options)
+        converted = revify.convert(model, inputs, method=revify.presets.idm)
         plan = converted.revify_plan
         found, expected = (gradients(converted, inputs, plain=plain) for plain in (False, True))
         exact = len(found) == len(expected) and all(map(torch.equal, found, expected))

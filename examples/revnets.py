@@ -106,7 +106,7 @@ def revnet(depth: int) -> nn.Module:
     """RevNet-38, -110, -164, -56 or -104, to be trained from scratch."""
     size = 224 if depth in (56, 104) else 32
     example = torch.zeros(2, 3, size, size)
-    return revify.convert(wide_resnet(depth), example, transitions="checkpoint", **revify.presets.revnet.options)
+    return revify.convert(wide_resnet(depth), example, method=revify.presets.revnet)
 
 
 def count(model: nn.Module) -> float:

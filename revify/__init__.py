@@ -15,6 +15,7 @@ from revify.errors import (
     StreamError,
 )
 from revify.measuring.measuring import measure
+from revify.methods import Method
 from revify.plans import Plan
 from revify.reversible import Reversible, ReversibleSequence
 from revify.runtime.tape import plain_backward
@@ -23,6 +24,7 @@ from revify.saving import load, save
 __all__ = [
     "CheckpointError",
     "GridRangeError",
+    "Method",
     "Plan",
     "RefusalError",
     "ReplayError",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,11 @@ from revify.calibration.walking import (
     survey_original,
 )
 from revify.errors import RefusalError, RevifyError
+from revify.methods import Method
 from revify.plans import Plan, StagePlan
-from revify.rewriting.applying import apply_plan, remove_plan
-from revify.runtime.grid import MAX_BITS, Grid
-from revify.runtime.predictors import CALIBRATED
+from revify.rewriting.applying import apply_plan, remove_plan, share
+from revify.runtime.grid import Grid
+from revify.words import CALIBRATED, MAX_BITS, PredictorName
 
 CHUNK = 32  # images that run at a time where one large batch is given
 RIDGE = 0.3  # of the channels' variance; fine-tuning moves a stream by less, but where it varies little
@@ -66,8 +67,8 @@ def calibrate(
     model: nn.Module,
     data: Tensor | Iterable[Any],
     *,
-    predictor: str = "auto",
-    bits: int | str | None = None,
+    predictor: PredictorName = "auto",
+    bits: int | Literal["auto"] | None = None,
     rank: int | None = None,
     tolerance: float = TOLERANCE,
     ridge: float = RIDGE,
@@ -108,33 +109,69 @@ def calibrate(
     plan = getattr(model, "revify_plan", None)
     if not isinstance(plan, Plan):
         raise RefusalError(f"{type(model).__name__} is not a converted model: convert it, then calibrate it.")
+    method = Method(predictor=predictor, bits=bits)
+    plain = remove_plan(model)
+    plan, forecasts = fit_plan(
+        plain, plan, data, method, rank=rank, tolerance=tolerance, ridge=ridge, progress=progress
+    )
+    calibrated = apply_plan(plain, plan, forecasts=forecasts, trainable=trainable)
+    for part, source in zip(calibrated.modules(), model.modules(), strict=True):
+        part.training = source.training
+    return calibrated
+
+
+def fit_plan(
+    model: nn.Module,
+    plan: Plan,
+    data: Tensor | Iterable[Any],
+    method: Method,
+    *,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    ridge: float = RIDGE,
+    progress: Progress | None = None,
+) -> tuple[Plan, Forecasts]:
+    """Fit the predictors of a plan, and its bits where that is asked, to a plain model and images.
+
+    Args:
+        model: the plain model; it stays as it is.
+        plan: of this model, with full streams and whole blocks.
+        data: as for `calibrate`, like all that follow.
+        method: gives the predictor and the bits.
+        rank: as for `calibrate`.
+        tolerance: as for `calibrate`.
+        ridge: as for `calibrate`.
+        progress: as for `calibrate`.
+
+    Returns:
+        The plan with the predictors, bits and deviation of each stage; what was fitted, by block path.
+    """
+    name = type(model).__name__
     if plan.is_split:
         raise RefusalError(
-            f'{type(model).__name__} was converted with streams="split", which has no predictors. Convert the plain model '
+            f'{name}: the plan is one with streams="split", which has no predictors. Convert the plain model '
             'with streams="full", then calibrate it.'
         )
     if plan.is_cut:
         raise RefusalError(
-            f'{type(model).__name__} was converted with unit="branch", and predictors are fitted to whole blocks: convert '
+            f'{name}: the plan is one with unit="branch", and predictors are fitted to whole blocks: convert '
             'the plain model with unit="block", then calibrate it.'
         )
-    _check_options(predictor, bits, tolerance, ridge)
-    plain = remove_plan(model)
+    _check_options(method.predictor or "auto", tolerance, ridge)
+    plain = share(model)
     batches = _batches(plain, data)
     plan = replace(plan, stages=tuple(_fitted_sign(stage) for stage in plan.stages))
-    request = Request(predictor, bits, rank, tolerance, ridge, progress or _silent)
+    request = Request(method.predictor or "auto", method.bits, rank, tolerance, ridge, progress or _silent)
     fitted: Forecasts = {}
-    with _in_eval_mode(plain), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    plain.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # of the random signs, if there are any
         importance = find_importance(drawing_signs(apply_plan(plain, plan)), plan, batches[0][:LOOK])
         survey = survey_original(plain, plan, batches, importance)
         for number in range(len(plan.stages)):
             plan, forecasts = _settle_stage(plain, plan, number, fitted, batches, survey, request)
             fitted.update(forecasts)
-        calibrated = apply_plan(plain, plan, forecasts=fitted, trainable=trainable)
-    for part, source in zip(calibrated.modules(), model.modules(), strict=True):
-        part.training = source.training
-    return calibrated
+    return plan, fitted
 
 
 def deviation(outputs: Iterable[Any], wanted: Iterable[Any]) -> float:
@@ -258,31 +295,13 @@ def _batches(model: nn.Module, data: Tensor | Iterable[Any]) -> list[Tensor]:
     return found
 
 
-class _in_eval_mode:
-    """Run the body with a model in eval mode, and put every module's mode back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        for module, _ in self._modes:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._modes:
-            module.training = training
-
-
 def _silent(_: str) -> None:
     return None
 
 
-def _check_options(predictor: str, bits: int | str | None, tolerance: float, ridge: float) -> None:
+def _check_options(predictor: str, tolerance: float, ridge: float) -> None:
     if predictor not in ("auto", *CALIBRATED):
         raise RevifyError(f"predictor={predictor!r} cannot be calibrated: choose auto, {', '.join(CALIBRATED)}.")
-    in_range = isinstance(bits, int) and not isinstance(bits, bool) and 0 <= bits <= MAX_BITS
-    if not (bits is None or bits == "auto" or in_range):
-        raise RevifyError(f'bits={bits!r}: give a whole number from 0 to {MAX_BITS}, or "auto".')
     if not tolerance > 0:
         raise RevifyError(f"tolerance={tolerance!r}: give a relative error above 0, for example {TOLERANCE}.")
     if not 0 <= ridge < math.inf:

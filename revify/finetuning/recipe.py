@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from revify.errors import RevifyError
-from revify.runtime.grid import MAX_BITS
+from revify.words import MAX_BITS, PredictorName, SignName, Transitions, Unit
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "none")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -79,12 +79,12 @@ class Recipe:
     num_classes: int | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
-    predictor: str | None = None
-    bits: int | str | None = None
+    predictor: PredictorName | None = None
+    bits: int | Literal["auto"] | None = None
     grid: int | None = None
-    transitions: str | None = None
-    unit: str | None = None
-    sign: str | None = None
+    transitions: Transitions | None = None
+    unit: Unit | None = None
+    sign: SignName | None = None
     calibrate: int = 0
     bits_schedule: tuple[tuple[int, int], ...] = ()
     data: str | Path = "digits"

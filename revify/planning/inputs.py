@@ -1,4 +1,4 @@
-"""What `plan` and `convert` are asked for, checked: options, the state of the model, its example inputs."""
+"""What `plan` and `convert` are given, checked: the state of the model, its example inputs."""
 
 from __future__ import annotations
 
@@ -7,43 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from revify.couplings.formulas import Formula
-from revify.couplings.shipped import additive
 from revify.errors import RefusalError, RevifyError
 from revify.plans import Plan
-from revify.runtime.grid import MAX_BITS, SIGNS
-from revify.runtime.predictors import FIXED
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
-
-
-def check_options(predictor: str, bits: int, grid: int, transitions: str, sign: str | None) -> None:
-    """Refuse options out of their range."""
-    if predictor not in FIXED:
-        raise RevifyError(f"predictor={predictor!r} is not known: choose one of {', '.join(FIXED)}.")
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits <= MAX_BITS:
-        raise RevifyError(f"bits={bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}.")
-    if not isinstance(grid, int) or isinstance(grid, bool) or not 0 <= grid <= 20:
-        raise RevifyError(
-            f"grid={grid!r} is no resolution: give a whole number q from 0 to 20; values are then multiples of 2^-q within "
-            "±2^(24-q). The default is 12 (±4096)."
-        )
-    if transitions not in ("keep", "checkpoint"):
-        raise RevifyError(f'transitions={transitions!r} is not known: choose "keep" or "checkpoint".')
-    if sign not in (None, *SIGNS):
-        raise RevifyError(f"sign={sign!r} is not known: choose one of {', '.join(SIGNS)}.")
-
-
-def check_streams(streams: str, coupling: Formula, *, plain: bool) -> None:
-    """Refuse options that do not go together."""
-    if streams not in ("full", "split"):
-        raise RevifyError(f'streams={streams!r} is not known: choose "full" or "split".')
-    if streams == "full" and coupling is not additive:
-        raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
-    if streams == "split" and not plain:
-        raise RevifyError(
-            'predictor, bits, unit and sign are for full streams: with streams="split" choose a coupling instead.'
-        )
 
 
 def check_model(model: nn.Module) -> None:

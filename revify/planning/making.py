@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from revify.couplings.formulas import Formula
+from revify.couplings.shipped import additive
+from revify.methods import Method
 from revify.planning.blocks import find_blocks
 from revify.planning.branching import cut_blocks
 from revify.planning.halving import split_stages
@@ -20,28 +21,13 @@ from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
 
 
-def make_plan(
-    model: nn.Module,
-    example: Example,
-    *,
-    bits: int,
-    predictor: str,
-    grid: int,
-    transitions: str,
-    unit: str = "block",
-    coupling: Formula | None = None,
-) -> Plan:
+def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     """Analyse a model and say what would be done to it.
 
     Args:
         model: any module; it stays as it is.
         example: its inputs, by position or by keyword.
-        bits: residue bits for every stage.
-        predictor: for every stage.
-        grid: resolution of the grid.
-        transitions: "keep" or "checkpoint".
-        unit: "block" or "branch".
-        coupling: of the halves of the channels, None for full streams.
+        method: what is asked for.
 
     Raises:
         RefusalError: the coupling has no inverse, or cannot be parted into single branches.
@@ -56,26 +42,24 @@ def make_plan(
         model=type(model).__name__,
         architecture=architecture,
         example=tuple(tuple(x.shape) for x in tensors_of(example)),
-        grid=grid,
-        transitions=transitions,
-        stages=tuple(
-            _stage_plan(stage, bits, predictor, channel_axis(stage, observation, modules)) for stage in stages
-        ),
+        grid=method.grid,
+        transitions=method.transitions,
+        stages=tuple(_stage_plan(stage, method, channel_axis(stage, observation, modules)) for stage in stages),
         checkpointed=(),
         refusals=find_refusals(observation, graph, blocks, stages, modules),
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
-    if coupling is not None:
-        plan = split_stages(plan, model, example, coupling, observation, graph)
-    elif unit == "branch":
+    if method.streams == "split":
+        plan = split_stages(plan, model, example, method.coupling or additive, observation, graph)
+    elif method.unit == "branch":
         plan = cut_blocks(plan, model, example, observation)
-    if plan.stages and transitions == "checkpoint":
+    if plan.stages and method.transitions == "checkpoint":
         plan = replace(plan, checkpointed=find_checkpoints(observation, plan))
     return plan
 
 
-def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> StagePlan:
+def _stage_plan(stage: Stage, method: Method, axis: int | None) -> StagePlan:
     call = stage.blocks[0].call
     return StagePlan(
         blocks=tuple(
@@ -87,7 +71,8 @@ def _stage_plan(stage: Stage, bits: int, predictor: str, axis: int | None) -> St
         shape=call.shape,
         dtype=str(call.dtype).removeprefix("torch."),
         stream_bytes=stage.stream_bytes,
-        bits=bits,
-        predictor=predictor,
+        bits=method.first_bits,
+        predictor=method.first_predictor,
+        sign=method.first_sign,
         axis=axis,
     )

@@ -24,10 +24,11 @@ from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_n
 from revify.runtime.arguments import with_stream
 from revify.runtime.grid import Grid
 from revify.runtime.halves import Chained
-from revify.runtime.predictors import CALIBRATED, make_predictor
+from revify.runtime.predictors import make_predictor
 from revify.runtime.recomputing import Checkpointed
 from revify.runtime.steps import Step
 from revify.runtime.tape import StageRule
+from revify.words import CALIBRATED
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 

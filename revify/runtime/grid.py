@@ -20,9 +20,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 Sign = Tensor | float | None  # of γ: ±1 for each sample, ±1, or None for +1
-SIGNS = ("positive", "balanced", "random")
-
-MAX_BITS = 8  # the residue of one element fits one byte while it is being packed
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ from torch.nn import functional
 from revify.runtime.grid import Grid, OnGrid
 
 PREFIX = "revify_"  # of the names under which a block holds its fitted forecast
-CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
-FIXED = ("identity", "midpoint", "zero", "output")
 
 
 class Predictor(Protocol):
@@ -125,7 +123,7 @@ def make_predictor(name: str, block: nn.Module, axis: int | None, grid: Grid) ->
     """The predictor of this name for one block.
 
     Args:
-        name: one of FIXED or CALIBRATED.
+        name: one of `revify.words.FIXED` or `CALIBRATED`.
         block: whose previous value is to be forecast.
         axis: the stream's channel axis, needed by the calibrated ones.
         grid: of the stream.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import revify
 from revify.calibration.calibrating import deviation
-from revify.runtime.predictors import CALIBRATED
+from revify.words import CALIBRATED
 
 
 class Smooth(nn.Module):
@@ -240,8 +240,12 @@ def test_refusals(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(revify.RefusalError, match="is not a converted model: convert it, then calibrate it"):
         revify.calibrate(model, images)
     with pytest.raises(revify.RevifyError, match="cannot be calibrated: choose auto, diagonal"):
+        revify.calibrate(converted, images, predictor="midpoint")
+    with pytest.raises(revify.RevifyError, match="predictor='quadratic' is not known: choose one of identity"):
         revify.calibrate(converted, images, predictor="quadratic")
-    with pytest.raises(revify.RevifyError, match="bits=9: give a whole number from 0 to 8"):
+    with pytest.raises(
+        revify.RevifyError, match="bits=9 is no number of residue bits: give a whole number from 0 to 8"
+    ):
         revify.calibrate(converted, images, bits=9)
     with pytest.raises(revify.RevifyError, match="there is no batch in them"):
         revify.calibrate(converted, [])

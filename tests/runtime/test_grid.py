@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from revify.runtime.grid import MAX_BITS, Gap, Grid, Join, OnGrid, Resume, pack, step, stream_dtype, unpack, unstep
+from revify.runtime.grid import Gap, Grid, Join, OnGrid, Resume, pack, step, stream_dtype, unpack, unstep
 from revify.runtime.predictors import Identity, Midpoint
+from revify.words import MAX_BITS
 
 GRID = Grid(12)
 BITS = range(MAX_BITS + 1)

@@ -1,0 +1,201 @@
+"""What is asked of a conversion, as one record that is checked when it is made and knows its own defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, get_args
+
+from revify.errors import RevifyError
+from revify.words import (
+    CALIBRATED,
+    FIXED,
+    MAX_BITS,
+    MAX_GRID,
+    SIGNS,
+    PredictorName,
+    SignName,
+    StepName,
+    Streams,
+    Transitions,
+    Unit,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_BITS = 4
+DEFAULT_GRID = 12
+
+
+class Options(TypedDict, total=False):
+    """The fields of `Method` as keywords of `plan` and `convert`; None is as good as not given."""
+
+    predictor: PredictorName | None
+    bits: int | Literal["auto"] | None
+    sign: SignName | None
+    unit: Unit | None
+    grid: int | None
+    transitions: Transitions | None
+    streams: Streams | None
+    coupling: Callable[..., tuple[Tensor, ...]] | None
+    step: StepName | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How a model is to be made reversible: what `plan` and `convert` take as keywords, or as `method=`.
+
+    What is left None is chosen to go with the rest. Published methods are in `revify.presets`.
+
+    Example:
+        >>> import timm, revify
+        >>> method = revify.Method(predictor="midpoint", bits=2)
+        >>> model = revify.convert(timm.create_model("test_vit"), method=method)
+
+    Args:
+        predictor: of the previous stream value: identity (the default), midpoint, zero or output; those that are fitted to
+            images are diagonal, lowrank, linear_z, linear, or auto, the richest that costs little (the default where
+            there are images).
+        bits: residue bits per element and step, 0 to 8: each costs b/8 byte and halves the change of the function; by
+            default 4. With images also auto, then the default: the fewest in each block that keep the model's output.
+        sign: of γ = ±2^-bits: balanced, + − − + over the steps, so that changes of neighbours cancel (the default for
+            identity with bits); positive (the default for all else); or random, for each sample and step in training,
+            so that the change is zero on average, and the plain blocks in eval mode.
+        unit: what one step is: block, or branch, which makes each residual addition of a pre-norm block a step of its
+            own, so that only one branch's activations live at a time.
+        grid: resolution q of the stream, whose values are multiples of 2^-q within ±2^(24-q), 0 to 20.
+        transitions: what becomes of that which lies outside of the stages (stem, transitions, head): checkpoint runs it
+            again, too, where that lowers the peak; keep leaves it to ordinary autograd, which is faster.
+        streams: full, or split: the halves of the channels are the streams and the blocks' branches F and G are cut to
+            half their channels (RevNet). That is another function, to be trained from scratch or distilled.
+        coupling: for split streams, one of revify.couplings or a formula of your own; by default additive.
+        step: what is kept so that a step can be undone: recurrence, the residue of the recurrence.
+        reference: where the method was published.
+        differs: what the publication does that this does not, or the other way round.
+
+    Raises:
+        RevifyError: a value out of its range, or values that do not go together.
+    """
+
+    predictor: PredictorName | None = None
+    bits: int | Literal["auto"] | None = None
+    sign: SignName | None = None
+    unit: Unit = "block"
+    grid: int = DEFAULT_GRID
+    transitions: Transitions = "checkpoint"
+    streams: Streams = "full"
+    coupling: Callable[..., tuple[Tensor, ...]] | None = None
+    step: StepName = "recurrence"
+    reference: str = ""
+    differs: str = ""
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.streams == "split":
+            self._check_split()
+        elif self.coupling is not None:
+            raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
+        if self.is_fitted:
+            self._check_fitted()
+
+    @classmethod
+    def of(cls, method: Method | None = None, **options: Unpack[Options]) -> Method:
+        """A method with these options, which go before those of the one that it starts from."""
+        said: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        return replace(method or cls(), **said)
+
+    @property
+    def options(self) -> Options:
+        """What it says that is not so by default, as keywords of `plan` and `convert`."""
+        plain = Method()
+        said = {name: getattr(self, name) for name in Options.__annotations__}
+        return cast(Options, {name: value for name, value in said.items() if value != getattr(plain, name)})
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it takes images, to which predictors or bits are fitted."""
+        return self.predictor == "auto" or self.predictor in CALIBRATED or self.bits == "auto"
+
+    def settled(self, *, with_images: bool) -> Method:
+        """The same, where it is known whether there are images: what is not said is then fitted to them.
+
+        Raises:
+            RevifyError: something is to be fitted, and there are no images.
+        """
+        if with_images:
+            return replace(self, predictor=self.predictor or "auto", bits="auto" if self.bits is None else self.bits)
+        if self.is_fitted:
+            raise RevifyError(
+                f"predictor={self.predictor!r}, bits={self.bits!r}: this is fitted on images. Pass some: convert(model, "
+                "calibration=images)."
+            )
+        return self
+
+    @property
+    def first_predictor(self) -> str:
+        """The predictor of a new plan; one that is fitted takes its place later."""
+        return "identity" if self.predictor is None or self.is_fitted else self.predictor
+
+    @property
+    def first_bits(self) -> int:
+        """The bits of a new plan; those that are fitted take their place later."""
+        return DEFAULT_BITS if self.bits is None or self.bits == "auto" or self.is_fitted else self.bits
+
+    @property
+    def first_sign(self) -> str:
+        """The sign of γ in a new plan: what is fitted repairs the change of the function itself."""
+        plain = not self.is_fitted and self.streams == "full"
+        balances = plain and self.first_predictor == "identity" and self.first_bits > 0
+        return self.sign or ("balanced" if balances else "positive")
+
+    def _check_values(self) -> None:
+        known = (*FIXED, *CALIBRATED, "auto")
+        if self.predictor is not None and self.predictor not in known:
+            raise RevifyError(f"predictor={self.predictor!r} is not known: choose one of {', '.join(known)}.")
+        if self.bits is not None and self.bits != "auto" and not _is_whole(self.bits, MAX_BITS):
+            raise RevifyError(
+                f"bits={self.bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}, or, with "
+                'images to calibrate on, "auto".'
+            )
+        if not _is_whole(self.grid, MAX_GRID):
+            raise RevifyError(
+                f"grid={self.grid!r} is no resolution: give a whole number q from 0 to {MAX_GRID}; values are then multiples "
+                f"of 2^-q within ±2^(24-q). The default is {DEFAULT_GRID} (±{2 ** (24 - DEFAULT_GRID)})."
+            )
+        if self.sign is not None and self.sign not in SIGNS:
+            raise RevifyError(f"sign={self.sign!r} is not known: choose one of {', '.join(SIGNS)}.")
+        choices = {"unit": Unit, "transitions": Transitions, "streams": Streams, "step": StepName}
+        for name, words in choices.items():
+            if getattr(self, name) not in get_args(words):
+                either = " or ".join(f'"{word}"' for word in get_args(words))
+                raise RevifyError(f"{name}={getattr(self, name)!r} is not known: choose {either}.")
+
+    def _check_split(self) -> None:
+        if self.is_fitted:
+            raise RevifyError(
+                'streams="split" has no predictor to calibrate: it is trained from scratch or distilled. Leave one out.'
+            )
+        if (self.predictor, self.bits, self.unit, self.sign) != (None, None, "block", None):
+            raise RevifyError(
+                'predictor, bits, unit and sign are for full streams: with streams="split" choose a coupling instead.'
+            )
+
+    def _check_fitted(self) -> None:
+        if self.predictor in FIXED:
+            raise RevifyError(
+                f"predictor={self.predictor!r} cannot be calibrated: choose auto, {', '.join(CALIBRATED)}, or give a number "
+                "of bits."
+            )
+        if self.unit == "branch":
+            raise RevifyError(
+                'unit="branch" is for fixed predictors: predictors are fitted to whole blocks. Leave one out.'
+            )
+        if self.sign == "balanced":
+            raise RevifyError(
+                'sign="balanced" is for fixed predictors: what is fitted repairs the change itself. Leave one out.'
+            )
+
+
+def _is_whole(value: object, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest

@@ -1,0 +1,20 @@
+"""The words that methods, plans and files use, and their ranges; importing them costs nothing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FIXED = ("identity", "midpoint", "zero", "output")
+CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
+SIGNS = ("positive", "balanced", "random")
+MAX_BITS = 8  # the residue of one element fits one byte while it is being packed
+MAX_GRID = 20
+
+PredictorName = Literal[
+    "identity", "midpoint", "zero", "output", "diagonal", "lowrank", "linear_z", "linear", "auto"
+]  # FIXED, CALIBRATED and, for the richest that is cheap enough, "auto"
+SignName = Literal["positive", "balanced", "random"]
+Unit = Literal["block", "branch"]
+Transitions = Literal["keep", "checkpoint"]
+Streams = Literal["full", "split"]
+StepName = Literal["recurrence"]
