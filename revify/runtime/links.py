@@ -44,7 +44,7 @@ class Link(Rider):
     Args:
         tape: of this forward pass.
         index: k+1, the block that comes next.
-        older: z[k-1], with its graph, where the next block needs it.
+        older: z[k-1], with its graph, where the next block needs it; None where a stream begins at the next block.
         newest: z[k], with its graph, where the value that carries the link is a shorter-typed copy of it; else None.
     """
 
@@ -60,9 +60,11 @@ def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
     Raises:
         StreamError: the input is not what the block before it returned.
     """
-    link: Link | None = x.__dict__.pop("revify_link", None) or None
-    if link is None and x._base is not None and _same_place(x, x._base):
-        link = x._base.__dict__.pop("revify_link", None) or None  # FSDP and backward hooks hand on an alias
+    owner = _owner(x)
+    link: Link | None = owner.__dict__.get("revify_link") or None
+    if link is not None and index == 0 and link.tape.rule is not rule:
+        return None  # a fork: the value goes to its own next block as well, which takes the link
+    leave_link(x)
     name = rule.names[index]
     if link is not None and (link.tape.rule is not rule or link.index != index):
         came_from = link.tape.rule.names[link.index - 1]
@@ -87,6 +89,18 @@ def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
             "operation inside of the blocks, or convert the model as it is called now."
         )
     return link
+
+
+def leave_link(x: Tensor) -> None:
+    """Let go of the link that rides on a value, if there is one."""
+    _owner(x).__dict__.pop("revify_link", None)
+
+
+def _owner(x: Tensor) -> Tensor:
+    """The value that carries the link: FSDP and backward hooks hand on an alias of it."""
+    if x.__dict__.get("revify_link") or x._base is None or not _same_place(x, x._base):
+        return x
+    return x._base
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:

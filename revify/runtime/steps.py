@@ -18,7 +18,7 @@ from revify.errors import StreamError
 from revify.runtime.arguments import split_stream
 from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs
 from revify.runtime.guards import checksum
-from revify.runtime.links import Link, take_link
+from revify.runtime.links import Link, leave_link, take_link
 from revify.runtime.predictors import Predictor
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
@@ -32,7 +32,7 @@ class Step:
     Args:
         block: the module, as it was; its own forward is T.
         rule: what the stage's steps share.
-        index: k, counted from 0; the first step is the ordinary block.
+        index: k, counted from 0; the first step is the ordinary block, T alone.
         predictor: q.
         stream: which argument is the stream, a position or a keyword.
         transform: T where it is a part of the block: called as its forward, with the block before the arguments.
@@ -60,11 +60,9 @@ class Step:
     @hidden_from_compiler
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
         if self.rule.sign == "random" and not self.block.training:
-            return self.transform(self.block, *args, **kwargs)
+            return self._plain(args, kwargs)
         x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
-        if not tape.continues_at(self.index):
-            tape = Tape(self.rule)
         branch_dtype = z.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         value, others = self._step(tape, z, older, side, branch_dtype)
         visible = value.to(branch_dtype)
@@ -77,44 +75,59 @@ class Step:
             return visible
         return (*others[: self.result], visible, *others[self.result :])
 
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """T alone, under ordinary autograd; if the next block trains (some are frozen), its stream begins anew."""
+        x, _ = split_stream(self.stream, self.name, args, kwargs)
+        leave_link(x)
+        outputs = self.transform(self.block, *args, **kwargs)
+        value = outputs if self.result is None else outputs[self.result]
+        if self.index + 1 < len(self.rule.names) and isinstance(value, Tensor):
+            link = Link(Tape(self.rule), self.index + 1, None, None, version(value))
+            value.revify_link = link  # type: ignore[attr-defined]
+        return outputs
+
     def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
         """The tape of this forward pass, z[k] and z[k-1]."""
         link = take_link(x, self.rule, self.index)
-        if link is None:
+        if link is None or link.older is None:
             tape = Tape(self.rule)
             if saves_nothing():
                 tape.enter(x)
             return tape, OnGrid.apply(x, self.rule.grid), None
         assert isinstance(link.tape, Tape)  # a rule belongs to steps only
-        return link.tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
+        tape = link.tape if link.tape.continues(link.index - 1) else Tape(self.rule)
+        return tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
 
     def _step(
         self, tape: Tape, z: Tensor, older: Tensor | None, side: tuple[Any, ...], branch_dtype: torch.dtype
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come, and the block's other results."""
         args, kwargs = side
-        sign = self._sign(z) if older is not None else None
+        coupled = older is not None
+        sign = self._sign(z) if coupled else None
         recorded = saves_nothing()
         if recorded:
-            rerun = Rerun(self.name, self._branch, self.block, SideInputs.of((None, None, branch_dtype, *args), kwargs))
-            tape.append(self.index, z, Entry(self, rerun, z.requires_grad, z.stride(), checksum(z), sign))
+            again = SideInputs.of((None, None, coupled, branch_dtype, *args), kwargs)
+            rerun = Rerun(self.name, self._branch, self.block, again)
+            entry = Entry(self.index, coupled, self, rerun, z.requires_grad, z.stride(), checksum(z), sign)
+            place = tape.append(z, entry)
             gap, t, late, others = rerun.first(
-                lambda: self._branch(z, older, sign, branch_dtype, *args, **kwargs),
+                lambda: self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs),
                 z.device,
-                partial(tape.load, self.index),
+                partial(tape.load, place),
             )
         else:
-            gap, t, late, others = self._branch(z, older, sign, branch_dtype, *args, **kwargs)
+            gap, t, late, others = self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs)
         value, residue = t, None
-        if older is not None:
+        if coupled:
             value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign)
         if recorded:
-            if older is not None:
+            if coupled:
                 tape.observe(self.index, gap)
-            if late is not None and older is not None:
+            if coupled and late is not None:
                 tape.observe(self.index, gap.detach() - late.detach())
             tape.observe(self.index, value)
-            tape.advance(self.index, t, value, residue)
+            tape.advance(t, value, residue)
         return value, others
 
     def _sign(self, z: Tensor) -> Sign:
@@ -127,13 +140,13 @@ class Step:
         z: Tensor,
         older: Tensor | None,
         sign: Sign,
+        coupled: bool,
         branch_dtype: torch.dtype,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
         """u = z[k-1] − a(z[k]), or a(z[k]) alone where z[k-1] is what is sought; T(z[k]); c(T(z[k])); the rest."""
-        first = self.index == 0
-        forecast = z if first else self.predictor.before(z)
+        forecast = self.predictor.before(z) if coupled else z
         if older is not None:
             forecast = Gap.apply(older, forecast, self.rule.bits[self.index], sign)
         if isinstance(self.stream, int):
@@ -157,7 +170,7 @@ class Step:
                 "of the block an out-of-place one (for activations inplace=False) before converting."
             )
         t = OnGrid.apply(outputs, self.rule.grid)
-        return forecast, t, None if first else self.predictor.after(t), others
+        return forecast, t, self.predictor.after(t) if coupled else None, others
 
     def parts_again(self, entry: Entry, z: Tensor, *, catch: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""

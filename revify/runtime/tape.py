@@ -100,6 +100,8 @@ class Entry:
     """What the tape keeps of step k.
 
     Args:
+        index: k.
+        coupled: whether z[k-1] had a part in it; the first step after the start, or after a plain block, is T alone.
         block: the step's module and coupling.
         rerun: its second run.
         needs_grad: whether z[k] had a gradient.
@@ -109,6 +111,8 @@ class Entry:
         residue: the packed bits, None where b = 0 or while the tape stands before this step.
     """
 
+    index: int
+    coupled: bool
     block: Repeatable
     rerun: Rerun
     needs_grad: bool
@@ -119,13 +123,15 @@ class Entry:
 
 
 class Tape:
-    """One forward pass through one stage: able to stand at every pair (z[k], z[k+1]), holding just one."""
+    """One forward pass through one stage: able to stand at every pair (z[k], z[k+1]), holding just one.
+
+    Its places are counted by the steps that ran, which may be fewer than the blocks of the stage.
+    """
 
     def __init__(self, rule: StageRule) -> None:
         self.rule = rule
-        self._entries: dict[int, Entry] = {}
-        self._first = 0  # the first step that ran with gradients enabled
-        self._position = 0  # k of (z[k], z[k+1])
+        self._entries: list[Entry] = []
+        self._position = 0  # the place of the step that took z[k] to z[k+1]
         self._older: Value | None = None
         self._newer: Value | None = None
         self._first_output: Tensor | None = None  # checksum of T(z) at the first step, behind which nothing is known
@@ -135,24 +141,28 @@ class Tape:
 
     # Forward
 
-    def continues_at(self, index: int) -> bool:
-        """Whether step `index` follows on what was recorded: not after blocks that ran without gradients."""
-        return not self._entries or index - 1 in self._entries
+    def continues(self, index: int) -> bool:
+        """Whether what step `index` gave is where the tape stands.
 
-    def append(self, index: int, z: Tensor, entry: Entry) -> None:
-        """Step `index` is about to run on z."""
+        It is not where that step ran without gradients, nor where a backward (of an auxiliary loss) came in between.
+        """
+        last = len(self._entries) - 1
+        return last < 0 or (self._entries[last].index == index and self._position == last)
+
+    def append(self, z: Tensor, entry: Entry) -> int:
+        """A step is about to run on z; returns its place."""
         if not self._entries:
-            self._first = index
             self._newer = Value(z.detach(), version(z))
-        self._entries[index] = entry
+        self._entries.append(entry)
+        return len(self._entries) - 1
 
-    def advance(self, index: int, t: Tensor, value: Tensor, residue: Tensor | None) -> None:
-        """Step `index` has given T(z[index]) = t and z[index+1] = value."""
-        if index == self._first:
+    def advance(self, t: Tensor, value: Tensor, residue: Tensor | None) -> None:
+        """The step has given T(z[k]) = t and z[k+1] = value."""
+        if len(self._entries) == 1:
             self._first_output = checksum(t)
-        self._entries[index].residue = residue
+        self._entries[-1].residue = residue
         self._older, self._newer = self._newer, Value(value.detach(), version(value))
-        self._position = index
+        self._position = len(self._entries) - 1
 
     def enter(self, x: Tensor) -> None:
         """Note what enters the stage."""
@@ -168,67 +178,74 @@ class Tape:
 
     # Backward
 
-    def load(self, index: int) -> None:
-        """Run step `index` again for its saved tensors, and move the tape one step back."""
+    def load(self, place: int) -> None:
+        """Run a step again for its saved tensors, and move the tape one step back."""
         with torch.no_grad():
             self.check_range()
             if self._loaded is not None:
                 self._loaded.forget()
-            self._wind_to(index)
-            self._loaded = self._entries[index].rerun
-            self._back(index, catch=True)
+            self._wind_to(place)
+            self._loaded = self._entries[place].rerun
+            self._back(place, catch=True)
         self._repeats.check_in_the_end()
 
-    def _wind_to(self, index: int) -> None:
-        while self._position > index:
+    def _wind_to(self, place: int) -> None:
+        while self._position > place:
             self._back(self._position, catch=False)
-        while self._position < index:
+        while self._position < place:
             self._forth(self._position + 1)
 
-    def _back(self, index: int, *, catch: bool) -> None:
-        """From (z[k], z[k+1]) to (z[k-1], z[k]), k = index; at the first step the tape stays."""
-        entry = self._entries[index]
+    def _back(self, place: int, *, catch: bool) -> None:
+        """From (z[k], z[k+1]) to (z[k-1], z[k]); at the first step the tape stays."""
+        entry = self._entries[place]
         older, newer = self._ends()
         forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
-        if index == self._first:
+        if place == 0:
             assert self._first_output is not None  # invariant: the step ran
-            self._note(index, (newer != t).any() if index == 0 else checksum(t) != self._first_output)
+            differs = checksum(t) != self._first_output if entry.coupled else (newer != t).any()
+            self._note(place, differs)
             return
-        gap = unstep(newer, t, entry.residue, self.rule.bits[index], self.rule.grid, entry.sign)
+        gap = unstep(newer, t, entry.residue, self._bits(entry), self.rule.grid, entry.sign)
         del newer, t
         entry.residue = None
         if late is not None:
             gap += late
         gap += forecast
-        previous = with_strides(gap, self._entries[index - 1].stride)
+        previous = with_strides(gap, self._entries[place - 1].stride)
         self._newer, self._older = self._older, Value(previous, None)
-        self._position = index - 1
-        self._note(index, checksum(previous) != self._entries[index - 1].checksum)
+        self._position = place - 1
+        self._note(place, checksum(previous) != self._entries[place - 1].checksum)
 
-    def _note(self, index: int, differs: Tensor) -> None:
-        """Whether step `index` did not repeat itself, which only finite values can tell."""
+    def _note(self, place: int, differs: Tensor) -> None:
+        """Whether a step did not repeat itself, which only finite values can tell."""
         if self._peaks.finite:
-            self._repeats.note(self.rule.names[index], differs)
+            self._repeats.note(self._name(place), differs)
 
-    def _forth(self, index: int) -> None:
-        """From (z[k-1], z[k]) to (z[k], z[k+1]), k = index: only a second backward needs this."""
-        entry = self._entries[index]
+    def _forth(self, place: int) -> None:
+        """From (z[k-1], z[k]) to (z[k], z[k+1]): only a second backward needs this."""
+        entry = self._entries[place]
         older, newer = self._ends()
         forecast, t, late = entry.block.parts_again(entry, newer, catch=False)
         gap = older - forecast
         if late is not None:
             gap -= late
-        value, entry.residue = step(t, gap, self.rule.bits[index], self.rule.grid, entry.sign)
-        following = self._entries.get(index + 1)
+        value, entry.residue = step(t, gap, self._bits(entry), self.rule.grid, entry.sign)
+        following = self._entries[place + 1] if place + 1 < len(self._entries) else None
         value = with_strides(value, following.stride if following else value.stride())
         self._older, self._newer = self._newer, Value(value, None)
-        self._position = index
+        self._position = place
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         assert self._older is not None  # invariant: a placeholder exists, so a step ran
         assert self._newer is not None
-        older_name = self.rule.names[max(self._position - 1, 0)]
-        return self._older.checked(older_name), self._newer.checked(self.rule.names[self._position])
+        older_name = self._name(max(self._position - 1, 0))
+        return self._older.checked(older_name), self._newer.checked(self._name(self._position))
+
+    def _name(self, place: int) -> str:
+        return self.rule.names[self._entries[place].index]
+
+    def _bits(self, entry: Entry) -> int:
+        return self.rule.bits[entry.index]
 
 
 def with_strides(values: Tensor, stride: tuple[int, ...]) -> Tensor:
