@@ -8,6 +8,7 @@ comes at once.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -155,13 +156,24 @@ def _create(options: argparse.Namespace) -> Created:
 
 def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `revify.convert` that were given."""
-    from revify.couplings.parts import find_coupling
-
     names = ("predictor", "bits", "grid", "transitions", "unit", "sign", "streams", "coupling")
     given = {name: getattr(options, name, None) for name in names}
     if given["coupling"] is not None:
-        given["coupling"] = find_coupling(given["coupling"])
+        given["coupling"] = _formula(given["coupling"])
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _formula(name: str) -> Any:  # a coupling
+    """A coupling of revify, or module:function, which is imported: it is the user's own word, not that of a file."""
+    from revify.couplings.parts import find_coupling
+
+    module, colon, function = name.partition(":")
+    if not colon:
+        return find_coupling(name)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RevifyError(f"the coupling {name} cannot be imported ({error}): give module:function.") from error
 
 
 def _place(model: nn.Module, device: str | torch.device) -> nn.Module:

@@ -7,11 +7,13 @@ model ─observe, trace─▶ blocks ─▶ stages ─▶ Plan ─apply_plan─�
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from revify.calibration.calibrating import fit_plan
+from revify.couplings.formulas import Formula
 from revify.errors import RefusalError
 from revify.methods import Method, Options
 from revify.planning.inputs import Example, check_model, example_inputs
@@ -65,6 +67,7 @@ def convert(
     plan: Plan | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
     method: Method | None = None,
+    couplings: Iterable[Formula] = (),
     **options: Unpack[Options],
 ) -> nn.Module:
     """Make the residual stages of a model reversible, with a backward that stores no activations.
@@ -83,6 +86,7 @@ def convert(
         plan: do exactly this plan; the other options are then those of the plan, but for what is fitted.
         calibration: images for `calibrate`, which fits the predictors; a batch [n, …] or an iterable of batches.
         method: as for `plan`.
+        couplings: formulas of your own that a given plan names, if it was read from JSON, which keeps names only.
         options: as for `plan`; with images, predictor and bits are "auto" where nothing else is said.
 
     Returns:
@@ -100,6 +104,8 @@ def convert(
     if plan is None:
         images = calibration[:2] if isinstance(calibration, Tensor) else None
         plan = make_plan(model, example_inputs(model, images if example is None else example), asked)
+    elif couplings := tuple(couplings):
+        plan = replace(plan, couplings=couplings)
     if not plan.stages:
         raise _nothing_to_convert(model, plan)
     if calibration is None:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
+from revify.couplings.formulas import Formula
 from revify.errors import RevifyError
+from revify.plan_faults import block_faults, plan_faults, stage_faults
+from revify.reading.roles import Shortcut
+from revify.records import STORED, Among, FaultError, Prose, Range, parse, plain, read, shown
 from revify.tables import draw_plan
+from revify.words import CALIBRATED, FIXED, MAX_BITS, MAX_GRID, SIGNS
 
 FORMAT = 1
 
 CUT, LIFTED, WHOLE = "cut", "lifted", "lifted whole"
+
+NO_PREDICTOR = "–"  # of a stage that is split into two streams
+
+# What the fields of a plan hold, for its readers and its reader: revify.records
+Bytes = Annotated[int, Range(0, 2**60)]
+Bits = Annotated[int, Range(0, MAX_BITS)]
+Half = Annotated[int, Range(0, 1)]
+Argument = Annotated[int, Range(0, 255)] | str  # a position or a keyword
+Size = Annotated[int, Range(0, 2**24)]
+Resolution = Annotated[int, Range(0, MAX_GRID)]
+Dtype = Annotated[str, Among(("float16", "bfloat16", "float32", "float64", "complex64", "complex128"))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +43,8 @@ class Refusal:
     """
 
     path: str
-    reason: str
-    remedy: str
+    reason: Prose
+    remedy: Prose
 
 
 class Side(StrEnum):
@@ -51,7 +68,7 @@ class Cut:
 
     path: str
     side: Side
-    half: int
+    half: Half
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +82,9 @@ class BranchPlan:
         saved_bytes: what autograd saves within it.
     """
 
-    how: str
+    how: Annotated[str, Among((CUT, LIFTED, WHOLE))]
     cuts: tuple[Cut, ...]
-    saved_bytes: int
+    saved_bytes: Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +106,18 @@ class BlockPlan:
 
     path: str
     kind: str
-    stream: int | str
-    shortcut: str
-    saved_bytes: int
-    branches: tuple[int, ...] = ()
-    inputs: tuple[int | str, ...] = ()
-    result: int | None = None
+    stream: Argument
+    shortcut: Annotated[str, Among(tuple(Shortcut))]
+    saved_bytes: Bytes
+    branches: tuple[Bytes, ...] = ()
+    inputs: tuple[Argument, ...] = ()
+    result: Annotated[int, Range(0, 255)] | None = None
     halves: tuple[BranchPlan, ...] = ()
-    bits: int | None = None
+    bits: Bits | None = None
+
+    def faults(self) -> Iterator[str]:
+        """What does not go together, in sentences."""
+        return block_faults(self)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -128,16 +149,20 @@ class StagePlan:
     """
 
     blocks: tuple[BlockPlan, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    stream_bytes: int
-    bits: int
-    predictor: str
-    sign: str = "positive"
-    axis: int | None = None
-    rank: int = 0
-    deviation: float | None = None
+    shape: tuple[Size, ...]
+    dtype: Dtype
+    stream_bytes: Bytes
+    bits: Bits
+    predictor: Annotated[str, Among((*FIXED, *CALIBRATED, NO_PREDICTOR))]
+    sign: Annotated[str, Among(SIGNS)] = "positive"
+    axis: Annotated[int, Range(0, 63)] | None = None
+    rank: Annotated[int, Range(0, 2**20)] = 0
+    deviation: Annotated[float, Range(0, float("inf"))] | None = None
     coupling: str = ""
+
+    def faults(self) -> Iterator[str]:
+        """What does not go together, in sentences."""
+        return stage_faults(self)
 
     @property
     def saved_bytes(self) -> int:
@@ -196,10 +221,10 @@ class CheckpointPlan:
     """
 
     path: str
-    saved_bytes: int
-    input_bytes: int
+    saved_bytes: Bytes
+    input_bytes: Bytes
     joined: tuple[str, ...] = ()
-    after: int = 0
+    after: Annotated[int, Range(0, 2**16)] = 0
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -222,18 +247,25 @@ class Plan:
         refusals: what looks like a block and is left as it is.
         saved_bytes: what plain autograd saves for the example.
         traced: how the structure was found: "whole" or, where the whole model cannot be traced, why not.
+        couplings: formulas of your own that the stages name. They live in this process only: a plan that went through JSON
+            has names, and is given the formulas when it is read.
     """
 
     model: str
     architecture: str | None
-    example: tuple[tuple[int, ...], ...]
-    grid: int
-    transitions: str
+    example: tuple[tuple[Size, ...], ...]
+    grid: Resolution
+    transitions: Annotated[str, Among(("keep", "checkpoint"))]
     stages: tuple[StagePlan, ...]
     checkpointed: tuple[CheckpointPlan, ...]
     refusals: tuple[Refusal, ...]
-    saved_bytes: int
-    traced: str
+    saved_bytes: Bytes
+    traced: Prose
+    couplings: tuple[Formula, ...] = field(default=(), compare=False, repr=False, metadata={STORED: False})
+
+    def faults(self) -> Iterator[str]:
+        """What does not go together, in sentences."""
+        return plan_faults(self)
 
     @property
     def stage_share(self) -> float:
@@ -267,72 +299,48 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        return json.dumps({"format": FORMAT, **plain(self)}, indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """A plan from the text that `to_json` wrote.
+    def from_json(cls, text: str, couplings: Iterable[Formula] = ()) -> Plan:
+        """A plan from the text that `to_json` wrote. The text is data: nothing that it names is imported or called.
+
+        Args:
+            text: JSON.
+            couplings: formulas of your own that the plan may name; those of `revify.couplings` need not be given.
 
         Raises:
-            RevifyError: the text is no plan of this format.
+            RevifyError: the text is no plan of this format, or holds a value that no plan has.
         """
         try:
-            fields = json.loads(text)
+            fields = parse(text)
             version = fields.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (FaultError, KeyError, AttributeError, TypeError) as error:
             raise RevifyError(f"this text is no revify plan ({error}): expected what Plan.to_json() writes.") from error
-        if version != FORMAT:
+        if type(version) is not int or version != FORMAT:
             raise RevifyError(
-                f"this plan has format {version}; this revify reads format {FORMAT}: install a newer revify."
+                f"this plan has format {shown(version)}; this revify reads format {FORMAT}: install a newer revify."
             )
         try:
-            return cls(**_restored(fields))
-        except (KeyError, TypeError) as error:
+            plan: Plan = read(cls, _as_written_now(fields))
+        except FaultError as error:
             raise RevifyError(f"this revify plan is damaged ({error}): write it again with Plan.to_json().") from error
+        return replace(plan, couplings=tuple(couplings))
 
     def __str__(self) -> str:
         return draw_plan(self)
 
 
-def _restored(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **fields,
-        "example": tuple(tuple(shape) for shape in fields["example"]),
-        "stages": tuple(
-            StagePlan(
-                **{
-                    **_with_sign(stage),
-                    "shape": tuple(stage["shape"]),
-                    "blocks": tuple(_restored_block(block) for block in stage["blocks"]),
-                }
-            )
-            for stage in fields["stages"]
-        ),
-        "checkpointed": tuple(CheckpointPlan(**_tuples(c)) for c in fields["checkpointed"]),
-        "refusals": tuple(Refusal(**r) for r in fields["refusals"]),
-    }
+def _as_written_now(fields: dict[str, Any]) -> dict[str, Any]:
+    """A plan as it was written before there was more than one sign of γ, as it is written now."""
+    stages = fields.get("stages")
+    if not isinstance(stages, list):
+        return fields
+    return {**fields, "stages": [_with_sign(stage) if isinstance(stage, dict) else stage for stage in stages]}
 
 
 def _with_sign(stage: dict[str, Any]) -> dict[str, Any]:
-    """A stage as written before there was more than one sign of γ, as it is written now."""
     stage = dict(stage)
     if "random_sign" in stage:
         stage["sign"] = "random" if stage.pop("random_sign") else "positive"
     return stage
-
-
-def _restored_block(fields: dict[str, Any]) -> BlockPlan:
-    halves = tuple(
-        BranchPlan(
-            branch["how"],
-            tuple(Cut(cut["path"], Side(cut["side"]), cut["half"]) for cut in branch["cuts"]),
-            branch["saved_bytes"],
-        )
-        for branch in fields.get("halves", ())
-    )
-    return BlockPlan(**{**_tuples(fields), "halves": halves})
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists only."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -4,8 +4,8 @@ The metadata is text: `format` and `format_version`, the revify version that wro
 given, the architecture, both as JSON. Nothing is pickled and nothing in the file is run. Because the names
 are the plain model's, timm reads the same file: `timm.create_model(name, checkpoint_path=file)`.
 
-A calibrated model's file also holds what was fitted, under names of its own; its plain weights are those of
-`revify.revert(revify.load(file))`.
+What was fitted for a calibrated model lies beside it, in a second safetensors file whose name and hash the first one holds;
+see files.py.
 
 Tensors that share memory (tied weights) are written once per name: safetensors has no shared storage, and a
 plain strict `load_state_dict` needs every name.
@@ -16,25 +16,23 @@ from __future__ import annotations
 import copy
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from revify._version import __version__
+from revify.couplings.formulas import Formula
 from revify.errors import CheckpointError, RevifyError
+from revify.files import File, open_file, write
+from revify.moulds import Bounds, TooLargeError, build, check_architecture, check_sizes
 from revify.plans import Plan
+from revify.reading.tracing import meta_copy
+from revify.records import FaultError, printable, shown
 from revify.rewriting.applying import apply_plan
-
-FORMAT = "revify"
-FORMAT_VERSION = 1
-_FETCHING = frozenset({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
+from revify.runtime.predictors import PREFIX
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], architecture: Mapping[str, Any] | None = None) -> None:
@@ -69,17 +67,26 @@ def save(model: nn.Module, path: str | os.PathLike[str], architecture: Mapping[s
             "model inside its wrapper (DDP: model.module; torch.compile: model._orig_mod); write a plain "
             "model with safetensors.torch.save_model."
         )
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "revify_version": __version__,
-        "plan": plan.to_json(),
-        "architecture": _architecture_to_json(architecture),
-    }
-    _write(_separate(model), metadata, Path(path))
+    described = _architecture_to_json(architecture)
+    tensors = _separate(model)
+    fitted = set() if plan.is_split else {name for name in tensors if name.rpartition(".")[2].startswith(PREFIX)}
+    try:
+        write(
+            Path(path),
+            {name: value for name, value in tensors.items() if name not in fitted},
+            {name: tensors[name] for name in fitted},
+            plan,
+            described,
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"save({path}): the file could not be written and nothing was changed: {error}"
+        ) from error
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, couplings: Iterable[Formula] = ()
+) -> nn.Module:
     """Read a converted model from a file that `save` wrote.
 
     The given model is only the mould: it is copied, the copy is converted by the stored plan and filled from
@@ -95,6 +102,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         path: the file.
         model: a plain model of the same architecture, which decides device, dtype and mode of the result;
             None lets timm create it from the stored architecture, on the CPU and in training mode.
+        couplings: formulas of your own that the model was converted with (streams="split"). A file names them only, and
+            nothing that a file names is imported.
 
     Returns:
         The converted model.
@@ -102,33 +111,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Raises:
         CheckpointError: the file is missing, truncated, foreign, of a newer format, or does not fit the model.
     """
-    file = _read(Path(path))
+    file = open_file(Path(path), couplings)
     if model is not None and "revify_plan" in vars(model):
         raise CheckpointError(
             f"load({file.path}): the given {type(model).__name__} is already converted, but the file brings "
             "its own plan. Give the plain model: revify.revert(model)."
         )
-    mould = _created(file) if model is None else copy.deepcopy(model)
-    try:
-        converted = apply_plan(mould, file.plan)
-    except RevifyError as error:
-        raise CheckpointError(
-            f"load({file.path}): the stored plan was made for {file.plan.model} and does not fit this "
-            f"{type(mould).__name__}: {error} Give a model of the architecture that was saved."
-        ) from error
-    _fit(file, converted)
-    converted.load_state_dict(file.tensors)
+    empty = _created(file, "meta") if model is None else meta_copy(model)
+    _fit(file, _converted(file, empty))  # before anything is allocated
+    mould = _created(file, "cpu") if model is None else copy.deepcopy(model)
+    converted = _converted(file, mould)
+    converted.load_state_dict(file.tensors())
     return converted
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """What a checkpoint holds, parsed and checked."""
-
-    path: Path
-    plan: Plan
-    architecture: dict[str, Any] | None
-    tensors: dict[str, Tensor]
 
 
 # Writing
@@ -151,41 +145,12 @@ def _separate(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as created:
-            mode = os.fstat(created.fileno()).st_mode  # as the umask grants; safetensors would make it 0600
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as written:
-            os.fchmod(written.fileno(), mode)
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"save({path}): the file could not be written and nothing was changed: {error}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the new name itself on the disk, where folders can be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _architecture_to_json(architecture: Mapping[str, Any] | None) -> str:
     if architecture is None:
         return "null"
     try:
         text = json.dumps({"name": architecture["name"], "kwargs": dict(architecture.get("kwargs", {}))})
-        _check_architecture(json.loads(text))
+        check_architecture(json.loads(text))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"save: the architecture {architecture!r} cannot be stored: {type(error).__name__}: {error}. "
@@ -195,66 +160,22 @@ def _architecture_to_json(architecture: Mapping[str, Any] | None) -> str:
     return text
 
 
-def _check_architecture(architecture: Any) -> dict[str, Any]:  # Any: it comes out of JSON
-    """Only what builds a plain module: no download, no other file to open."""
-    import timm  # here: importing it takes seconds
-
-    name, kwargs = architecture["name"], architecture["kwargs"]
-    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]) or ":" in name:
-        raise ValueError(f"{name!r} is not the name of a timm model")
-    if refused := sorted(_FETCHING & set(kwargs)):
-        raise ValueError(f"the argument {refused[0]!r} opens other files")
-    return {"name": name, "kwargs": dict(kwargs)}
-
-
 # Reading
 
 
-def _read(path: Path) -> _File:
+def _converted(file: File, mould: nn.Module) -> nn.Module:
+    """The mould after the stored plan."""
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            _check_format(path, metadata)
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # no mapping
-    except FileNotFoundError as error:
-        raise CheckpointError(f"load({path}): there is no such file.") from error
-    except OSError as error:
-        raise CheckpointError(f"load({path}): the file cannot be read: {error}") from error
-    except SafetensorError as error:
+        return apply_plan(mould, file.plan)
+    except RevifyError as error:
         raise CheckpointError(
-            f"load({path}): this is not a whole safetensors file ({error}). It is truncated, damaged or of "
-            "another format; revify.load reads what revify.save wrote."
+            f"load({file.path}): the stored plan was made for {file.plan.model} and does not fit this "
+            f"{type(mould).__name__}: {error} Give a model of the architecture that was saved."
         ) from error
-    try:
-        plan = Plan.from_json(metadata["plan"])
-        stored = json.loads(metadata["architecture"])
-        architecture = None if stored is None else _check_architecture(stored)
-    except (RevifyError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"load({path}): the file's metadata is damaged: {type(error).__name__}: {error}. The weights "
-            "may be whole: safetensors.torch.load_file reads them into the plain model."
-        ) from error
-    return _File(path, plan, architecture, tensors)
 
 
-def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"load({path}): a safetensors file, but not a revify checkpoint. Plain weights go into the "
-            "plain model (timm.create_model(..., checkpoint_path=file)), which is then converted."
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdecimal() or int(version) != FORMAT_VERSION:
-        writer = metadata.get("revify_version", "unknown")
-        raise CheckpointError(
-            f"load({path}): the file has format version {version!r}, written by revify {writer}; this "
-            f"revify reads version {FORMAT_VERSION}. Install the version that wrote it."
-        )
-
-
-def _created(file: _File) -> nn.Module:
-    import timm  # here: importing it takes seconds
-
+def _created(file: File, device: str) -> nn.Module:
+    """The stored architecture, as timm makes it."""
     if file.architecture is None:
         name = file.plan.architecture or file.plan.model
         raise CheckpointError(
@@ -263,28 +184,49 @@ def _created(file: _File) -> nn.Module:
         )
     name, kwargs = file.architecture["name"], file.architecture["kwargs"]
     try:
-        with torch.random.fork_rng(devices=[]):  # values that are overwritten cost no random numbers
-            model: nn.Module = timm.create_model(name, **kwargs)
+        check_sizes(kwargs, _bounds(file))
+        return build(name, kwargs, device, _bounds(file))
+    except (FaultError, TooLargeError) as error:
+        raise CheckpointError(
+            f"load({file.path}): the stored architecture {name!r} does not fit the stored tensors: {error}. The file is "
+            "damaged; if you trust it, give a plain model of it to revify.load."
+        ) from error
     except Exception as error:  # whatever a timm constructor does with arguments from the file
         raise CheckpointError(
-            f"load({file.path}): timm {timm.__version__} cannot create the stored architecture {name!r} with "
-            f"{kwargs}: {type(error).__name__}: {error}. Give a plain model of it to revify.load."
+            f"load({file.path}): timm cannot create the stored architecture {name!r} with "
+            f"{shown(kwargs)}: {type(error).__name__}: {printable(str(error))}. Give a plain model of it to revify.load."
         ) from error
-    return model
 
 
-def _fit(file: _File, model: nn.Module) -> None:
+def _bounds(file: File) -> Bounds:
+    dimensions = [size for shape in (*(e.shape for e in file.entries.values()), *file.plan.example) for size in shape]
+    return Bounds(
+        tensors=len(file.entries),
+        elements=sum(entry.elements for entry in file.entries.values()),
+        largest=max(dimensions, default=0),
+    )
+
+
+def _fit(file: File, model: nn.Module) -> None:
     """Refuse the file unless it fills `model` exactly."""
     expected = model.state_dict()
+    stored = file.entries
+    tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor) and name in stored}
     shapes = [
-        f"{name} {tuple(file.tensors[name].shape)} in the file, {tuple(value.shape)} in the model"
-        for name, value in expected.items()
-        if name in file.tensors and file.tensors[name].shape != value.shape
+        f"{name} {stored[name].shape} in the file, {tuple(value.shape)} in the model"
+        for name, value in tensors.items()
+        if stored[name].shape != tuple(value.shape)
+    ]
+    kinds = [
+        f"{name} {stored[name].kind} in the file, {_kind(value)} in the model"
+        for name, value in tensors.items()
+        if stored[name].kind != _kind(value)
     ]
     differences = (
-        _some("missing in the file", [name for name in expected if name not in file.tensors])
-        + _some("not in the model", [name for name in file.tensors if name not in expected])
+        _some("missing in the file", [name for name in expected if name not in stored])
+        + _some("not in the model", [name for name in stored if name not in expected])
         + _some("of another shape", shapes)
+        + _some("of another type", kinds)
     )
     if differences:
         raise CheckpointError(
@@ -294,7 +236,16 @@ def _fit(file: _File, model: nn.Module) -> None:
         )
 
 
+def _kind(value: Tensor) -> str:
+    """The kind of a tensor's values, as files.Entry has it."""
+    if value.is_floating_point():
+        return "floats"
+    if value.is_complex():
+        return "complex numbers"
+    return "truth values" if value.dtype == torch.bool else "whole numbers"
+
+
 def _some(what: str, names: Iterable[str]) -> list[str]:
     found = list(names)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return [f"{len(found)} {what}: {', '.join(found[:3])}{more}"] if found else []
+    return [f"{len(found)} {what}: {', '.join(map(printable, found[:3]))}{more}"] if found else []

@@ -1,4 +1,7 @@
-"""Plan → text: a table with a row for each stage, and what is left as it is."""
+"""Plan → text: a table with a row for each stage, and what is left as it is.
+
+A plan may come out of a file, so its names are drawn as they are: no markup, and nothing that a terminal obeys.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from revify.records import printable
+
 if TYPE_CHECKING:
     from revify.plans import Plan, Refusal
 
@@ -20,7 +25,7 @@ def draw_plan(plan: Plan) -> str:
     """The plan as text, with a row for each stage."""
     shapes = ", ".join("×".join(map(str, shape)) for shape in plan.example)
     name = f"{plan.architecture} ({plan.model})" if plan.architecture else plan.model
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}, input {shapes}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=printable(f"{name}, input {shapes}"), title_justify="left")
     for column in ("stage", "blocks", "shape", "shortcut", "coupling" if plan.is_split else "predictor"):
         table.add_column(column)
     for column in ("bits", "deviation", "saved MiB", "share"):
@@ -34,7 +39,7 @@ def draw_plan(plan: Plan) -> str:
         forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{SIGNS[stage.sign]}"
         table.add_row(
             str(number),
-            f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})",
+            printable(f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})"),
             "×".join(map(str, stage.shape[1:])),
             ", ".join(sorted({b.shortcut for b in stage.blocks})),
             stage.coupling or forecast,
@@ -44,12 +49,12 @@ def draw_plan(plan: Plan) -> str:
             f"{stage.saved_bytes / max(plan.saved_bytes, 1):.0%}",
         )
     text = io.StringIO()
-    console = Console(file=text, width=140, highlight=False)
+    console = Console(file=text, width=140, highlight=False, markup=False, emoji=False)
     console.print(table)
     for c in plan.checkpointed:
-        console.print(f"  checkpointed: {', '.join(c.paths)} ({c.saved_bytes / 2**20:.1f} MiB)")
+        console.print(f"  checkpointed: {printable(', '.join(c.paths))} ({c.saved_bytes / 2**20:.1f} MiB)")
     for reason, paths in group_reasons(plan.refusals).items():
-        console.print(f"  left as it is: {paths}: {reason}")
+        console.print(f"  left as it is: {printable(paths)}: {printable(reason, 2000)}")
     console.print(
         f"  saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
         f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
@@ -57,7 +62,7 @@ def draw_plan(plan: Plan) -> str:
     if any(b.shortcut == "post-activation" for stage in plan.stages if stage.coupling for b in stage.blocks):
         console.print("  the activations after the additions go into the branches, and once to the end of each stage")
     if plan.traced != "whole":
-        console.print(f"  traced {plan.traced}")
+        console.print(f"  traced {printable(plan.traced, 2000)}")
     return text.getvalue().rstrip()
 
 

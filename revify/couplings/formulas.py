@@ -73,7 +73,7 @@ def record(formula: Formula) -> Program:
 
 def refusal(formula: Formula, fact: str, remedy: str, line: int | None = None) -> RefusalError:
     """A refusal that says which formula it is about, and where that stands."""
-    function = _function(formula)
+    function = function_of(formula)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     place = f" ({Path(code.co_filename).name}, line {line or code.co_firstlineno})" if code else ""
     return RefusalError(f"Coupling {name_of(formula)}{place}: {fact}. {remedy}")
@@ -81,11 +81,11 @@ def refusal(formula: Formula, fact: str, remedy: str, line: int | None = None) -
 
 def name_of(formula: Formula) -> str:
     """The name of the function."""
-    function = _function(formula)
+    function = function_of(formula)
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _function(formula: Formula) -> Formula:
+def function_of(formula: Formula) -> Formula:
     """The function that a partial one calls."""
     while isinstance(formula, partial):
         formula = formula.func

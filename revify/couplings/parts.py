@@ -9,19 +9,19 @@ does: it takes two streams and leaves two streams, and its inverse is derived fr
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from revify.couplings.deriving import Coupling, derive
 from revify.couplings.determinants import determinant
 from revify.couplings.explaining import Stuck
-from revify.couplings.formulas import Formula, name_of
+from revify.couplings.formulas import Formula, function_of, name_of
 from revify.couplings.programs import Apply, Call, Program, names
+from revify.couplings.shipped import additive, affine, damped, half, single, swapped
 from revify.couplings.solving import solve
 from revify.errors import RefusalError
 
-SHIPPED = "revify.couplings"
+SHIPPED: tuple[Formula, ...] = (additive, affine, damped, half, single, swapped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +92,39 @@ def part(coupling: Coupling) -> tuple[Coupling, ...]:
 def coupling_name(formula: Formula) -> str:
     """The name under which a plan keeps a coupling: that of a shipped one, or module:function of your own.
 
-    Raises:
-        RefusalError: it has no name by which it can be found again.
+    A name is text, which nobody imports: whoever applies the plan of a coupling of their own holds its formula.
     """
-    name = name_of(formula)
-    if getattr(importlib.import_module(SHIPPED), name, None) is formula:
-        return name
-    module = getattr(formula, "__module__", "")
-    found = f"{module}:{getattr(formula, '__qualname__', '')}"
-    try:
-        same = find_coupling(found) is formula
-    except RefusalError:
-        same = False
-    if not same:
-        raise _refusal(name, "a plan keeps it by its name, and it has none that can be imported: define it in a module")
-    return found
+    if any(formula is shipped for shipped in SHIPPED):
+        return name_of(formula)
+    function = function_of(formula)
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
-def find_coupling(name: str) -> Formula:
+def find_coupling(name: str, own: Iterable[Formula] = ()) -> Formula:
     """The coupling of a name that `coupling_name` gave.
 
+    Args:
+        name: of a shipped coupling, or module:function, of which the function counts: modules have other names when they
+            are run as scripts.
+        own: the formulas among which the latter is looked for.
+
     Raises:
-        RefusalError: there is none.
+        RefusalError: there is none, or more than one.
     """
-    module, colon, function = name.partition(":")
-    try:
-        home = importlib.import_module(module if colon else SHIPPED)
-        found: Formula = getattr(home, function if colon else name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise _refusal(name, f"it cannot be imported ({error})") from error
-    return found
+    if ":" not in name:
+        found = [shipped for shipped in SHIPPED if name_of(shipped) == name]
+        if not found:
+            raise _unknown(name, f"revify.couplings has none of this name, but {', '.join(map(name_of, SHIPPED))}")
+        return found[0]
+    wanted = name.rpartition(":")[2]
+    held = {id(formula): formula for formula in own}
+    matching = [formula for formula in held.values() if coupling_name(formula).rpartition(":")[2] == wanted]
+    if len(matching) > 1:
+        raise _unknown(name, f"{len(matching)} of the couplings given are called {wanted}")
+    if not matching:
+        raise _unknown(name, "it is none of revify.couplings, and revify imports nothing that a file or a plan names")
+    return matching[0]
 
 
 def _programs(coupling: Coupling) -> Iterator[Program]:
@@ -178,4 +181,11 @@ def _refusal(name: str, fact: str) -> RefusalError:
     return RefusalError(
         f"{name}: {fact}. In a converted model each block runs one branch between two streams; use one of revify.couplings, "
         "or revify.Reversible, which runs all branches at once."
+    )
+
+
+def _unknown(name: str, fact: str) -> RefusalError:
+    return RefusalError(
+        f"the coupling {name!r} is not known: {fact}. Give the formula itself: revify.load(file, couplings=[mine]), "
+        "Plan.from_json(text, couplings=[mine])."
     )

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revify.couplings.formulas import Formula
-from revify.couplings.parts import Turn, coupling_name, half_range, turns
+from revify.couplings.parts import SHIPPED, Turn, coupling_name, half_range, turns
 from revify.planning.cuts import find_cuts
-from revify.plans import CUT, LIFTED, WHOLE, BlockPlan, BranchPlan, Cut, Plan, Refusal, StagePlan
+from revify.plans import CUT, LIFTED, NO_PREDICTOR, WHOLE, BlockPlan, BranchPlan, Cut, Plan, Refusal, StagePlan
 from revify.reading.additions import find_joints
 from revify.reading.observing import Observation
 from revify.reading.segments import BranchCode, find_branches
@@ -62,12 +62,12 @@ def split_stages(
         assert stage.axis is not None  # else it was refused
         order = turns(formula, sum(len(codes[b.path]) or 1 for b in stage.blocks))
         halved = _first_plan(stage, codes, order, graph, tied)
-        halved = replace(halved, coupling=name, predictor="–", bits=0)
+        halved = replace(halved, coupling=name, predictor=NO_PREDICTOR, bits=0)
         halved = replace(halved, blocks=tuple(replace(b, inputs=inputs[b.path]) for b in halved.blocks))
         stages.append(halved)
         orders.append(order)
     proven = _proven(stages, model, example, orders, plan.grid) if stages else ()
-    return replace(plan, stages=proven, refusals=tuple(refusals))
+    return replace(plan, stages=proven, refusals=tuple(refusals), couplings=() if formula in SHIPPED else (formula,))
 
 
 def _refusals(stage: StagePlan, codes: dict[str, tuple[BranchCode, ...]]) -> Iterator[Refusal]:

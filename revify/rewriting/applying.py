@@ -67,7 +67,7 @@ def apply_plan(
     converted = share(model)
     for stage in plan.stages:
         if stage.coupling:
-            _install_halves(converted, stage, plan.grid)
+            _install_halves(converted, stage, plan)
             continue
         _install(converted, stage, plan.grid, forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
@@ -149,12 +149,12 @@ def _steps(block: nn.Module) -> tuple[Step, ...]:
     return forward.steps if isinstance(forward, Steps) else (forward,) if isinstance(forward, Step) else ()
 
 
-def _install_halves(model: nn.Module, stage: StagePlan, resolution: int) -> None:
+def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
     """Cut the blocks of a split stage, and let their branches run between its halves."""
     assert stage.axis is not None  # only stages with a known axis are split
     channels = stage.shape[stage.axis]
-    order = turns(find_coupling(stage.coupling), len(stage.steps))
-    rule = chain_rule(stage, order, resolution)
+    order = turns(find_coupling(stage.coupling, plan.couplings), len(stage.steps))
+    rule = chain_rule(stage, order, plan.grid)
     rest = iter(order)
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)

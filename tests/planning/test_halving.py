@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -195,28 +197,65 @@ def uncrossed(x1: Tensor, x2: Tensor, F: couplings.Branch, G: couplings.Branch) 
     return x1 + f, y2
 
 
-def test_couplings_that_cannot_be_parted_or_found() -> None:
+def test_couplings_that_cannot_be_parted() -> None:
+    model = zoo.PreNormBlocks()
+    with pytest.raises(revify.RefusalError, match=r"cannot be solved|cannot be undone|not 2 streams|appears only"):
+        revify.plan(model, model.example(), streams="split", coupling=uncrossed)
+
+
+def test_a_coupling_that_nobody_could_import_goes_with_its_plan() -> None:
     def nested(x1: Tensor, x2: Tensor, F: couplings.Branch) -> couplings.Streams:
         return x2, x1 + F(x2)
 
-    model = zoo.PreNormBlocks()
-    for coupling, text in (
-        (nested, "none that can be imported"),
-        (lambda x1, x2, F: (x2, x1 + F(x2)), "none that can be imported"),
-        (uncrossed, "cannot be solved|cannot be undone|not 2 streams|appears only"),
-    ):
-        with pytest.raises(revify.RefusalError, match=text):
-            revify.plan(model, model.example(), streams="split", coupling=coupling)
+    torch.manual_seed(0)
+    plain = zoo.PreNormBlocks()
+    plans = [
+        revify.plan(plain, plain.example(), streams="split", coupling=coupling)
+        for coupling in (nested, lambda x1, x2, F: (x2, x1 + F(x2)))
+    ]
+    one, other = (run(revify.convert(plain, plan=plan), inputs_of(plain)) for plan in plans)
+    assert_same(one, other)
 
 
 def test_a_plan_goes_through_json_and_does_the_same() -> None:
     torch.manual_seed(0)
     plain = zoo.OddChannels()
     plan = revify.plan(plain, plain.example(), streams="split", coupling=leapfrog)
-    again = revify.Plan.from_json(plan.to_json())
+    again = revify.Plan.from_json(plan.to_json(), couplings=[additive, leapfrog])
     assert again == plan
     x = inputs_of(plain)
     assert_same(run(revify.convert(plain, plan=again), x), run(revify.convert(plain, plan=plan), x))
+
+
+def test_a_coupling_of_ones_own_is_given_again_to_a_plan_that_was_read() -> None:
+    """The text of a plan has names only, and nothing that it names is imported."""
+    torch.manual_seed(0)
+    plain = zoo.OddChannels()
+    plan = revify.plan(plain, plain.example(), streams="split", coupling=leapfrog)
+    again = revify.Plan.from_json(plan.to_json())
+    with pytest.raises(revify.RefusalError, match=r"leapfrog' is not known.*couplings=\[mine\]"):
+        revify.convert(plain, plan=again)
+    x = inputs_of(plain)
+    assert_same(
+        run(revify.convert(plain, plan=again, couplings=[leapfrog]), x), run(revify.convert(plain, plan=plan), x)
+    )
+
+
+def test_a_file_names_its_coupling_and_load_is_given_the_formula(tmp_path: Path) -> None:
+    model = split(zoo.OddChannels, leapfrog)
+    revify.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(revify.CheckpointError, match=r"leapfrog' is not known.*load\(file, couplings=\[mine\]\)"):
+        revify.load(tmp_path / "m.safetensors", zoo.OddChannels())
+    loaded = revify.load(tmp_path / "m.safetensors", zoo.OddChannels(), couplings=[leapfrog])
+    x = inputs_of(zoo.OddChannels())
+    assert_same(run(loaded, x), run(model, x))
+    revify.save(loaded, tmp_path / "again.safetensors")
+
+    def twice(formula: Formula) -> Formula:
+        return functools.partial(formula)
+
+    with pytest.raises(revify.CheckpointError, match="2 of the couplings given are called leapfrog"):
+        revify.load(tmp_path / "again.safetensors", zoo.OddChannels(), couplings=[twice(leapfrog), twice(leapfrog)])
 
 
 def test_save_and_load(tmp_path: object) -> None:

@@ -1,0 +1,56 @@
+"""Plan → what in it does not go together, as sentences: what no single field can say about itself."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from revify.words import CALIBRATED
+
+if TYPE_CHECKING:
+    from revify.plans import BlockPlan, Plan, StagePlan
+
+_COUPLING = re.compile(r"[\w.<>]+(:[\w.<>]+)?")
+
+
+def block_faults(block: BlockPlan) -> Iterator[str]:
+    """Faults of one block."""
+    if block.branches and block.halves:
+        yield "a block is cut into branches or split into halves, not both"
+    if len(block.branches) == 1:
+        yield "a block with one branch is one step, so its branches are not listed"
+
+
+def stage_faults(stage: StagePlan) -> Iterator[str]:
+    """Faults of one stage."""
+    if len(stage.steps) < 2:
+        yield "a stage has two steps at least"
+    split = bool(stage.coupling)
+    if split and not _COUPLING.fullmatch(stage.coupling):
+        yield "its coupling is no name, and no module:name"
+    if any(bool(block.halves) is not split for block in stage.blocks):
+        yield "every block of a stage has halves if the stage has a coupling, and none if it has not"
+    if split is not (stage.predictor == "–"):
+        yield 'a stage has a predictor, or a coupling and the predictor "–"'
+    if stage.axis is not None and stage.axis >= len(stage.shape):
+        yield f"its axis is {stage.axis}, but its shape has {len(stage.shape)} axes"
+    elif stage.axis is None and (split or stage.predictor in CALIBRATED):
+        yield "its channel axis is missing"
+    elif stage.axis is not None and stage.predictor == "lowrank" and not 1 <= stage.rank <= stage.shape[stage.axis]:
+        yield f"its rank is {stage.rank}, but it has {stage.shape[stage.axis]} channels"
+    if stage.predictor != "lowrank" and stage.rank:
+        yield "only a low-rank predictor has a rank"
+
+
+def plan_faults(plan: Plan) -> Iterator[str]:
+    """Faults of the whole plan."""
+    paths = Counter(block.path for stage in plan.stages for block in stage.blocks)
+    yield from (f"the block {path!r} is in it {count} times" for path, count in paths.items() if count > 1)
+    for checkpoint in plan.checkpointed:
+        if checkpoint.after > len(plan.stages):
+            yield f"{checkpoint.path!r} is checkpointed after stage {checkpoint.after}, but there are {len(plan.stages)}"
+        for path in checkpoint.paths:
+            if path in paths:
+                yield f"{path!r} is checkpointed and a block of a stage"
