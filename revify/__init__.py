@@ -14,6 +14,7 @@ from revify.errors import (
     RevifyError,
     StreamError,
 )
+from revify.invertible import Invertible, is_invertible
 from revify.measuring.measuring import measure
 from revify.methods import Method
 from revify.plans import Plan
@@ -24,6 +25,7 @@ from revify.saving import load, save
 __all__ = [
     "CheckpointError",
     "GridRangeError",
+    "Invertible",
     "Method",
     "Plan",
     "RefusalError",
@@ -36,6 +38,7 @@ __all__ = [
     "calibrate",
     "convert",
     "couplings",
+    "is_invertible",
     "load",
     "measure",
     "plain_backward",

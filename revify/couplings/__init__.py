@@ -22,6 +22,7 @@ How it is done, file by file:
     determinants  the pivots              → det J
     programs      what all of them speak
     intervals     where the values of a program can lie
+    guarding      a factor that only a run can tell from 0
     parts         a coupling              → couplings with one branch each
 
 Pure functions of frozen records; the only tensors are those a program is run on.
@@ -30,14 +31,18 @@ Pure functions of frozen records; the only tensors are those a program is run on
 from __future__ import annotations
 
 from revify.couplings.deriving import Coupling, Report, check, derive
+from revify.couplings.guarding import guarded
 from revify.couplings.shipped import (
     Branch,
+    EvenOdd,
     PairBranch,
     ScaleShift,
     Streams,
     additive,
     affine,
     damped,
+    exponential,
+    glow,
     half,
     single,
     swapped,
@@ -46,6 +51,7 @@ from revify.couplings.shipped import (
 __all__ = [
     "Branch",
     "Coupling",
+    "EvenOdd",
     "PairBranch",
     "Report",
     "ScaleShift",
@@ -55,6 +61,9 @@ __all__ = [
     "check",
     "damped",
     "derive",
+    "exponential",
+    "glow",
+    "guarded",
     "half",
     "single",
     "swapped",

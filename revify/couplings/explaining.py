@@ -73,7 +73,8 @@ def _blocked(step: Apply, unknown: str, equation: str, text: Rendering, bounds: 
             return Stuck(f"{solve} {factor.text} is no factor to divide by", "Take one away from 0 and ∞.")
         return Stuck(
             f"{solve} the factor {text.mentions[factor]} can be zero or overflow (range {bounds[factor]})",
-            "Keep it away from 0 and ∞ whatever the branch gives, as exp(tanh(s)) does.",
+            "Keep it away from 0 and ∞ whatever the branch gives, as exp(tanh(s)) does"
+            + (", or let every run look: guarded(exp(s))." if bounds[factor].guarded().invertible else "."),
         )
     if step.op is Op.DIVIDE:
         return Stuck(f"{solve} it is a divisor", "Divide a stream by a bounded factor, not by a stream.")

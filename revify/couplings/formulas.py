@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
-from revify.couplings.programs import Apply, Call, Constant, Instruction, Op, Operand, Program, fold, number
+from revify.couplings.guarding import guarded
+from revify.couplings.programs import Apply, Call, Constant, Instruction, Op, Operand, Program, fold, names, number
 from revify.errors import RefusalError
 
 Formula = Callable[..., tuple[Tensor, ...]]
@@ -158,6 +159,7 @@ class _Reader:
         self.results = tuple(self.unused(f"y{place}") for place in range(1, len(outputs) + 1))
         self.counts: dict[str, int] = {}
         self.instructions: list[Instruction] = []
+        self.guarded: set[str] = set()
 
     def program(self) -> Program:
         live = _ancestors(self.outputs)
@@ -171,12 +173,16 @@ class _Reader:
                 raise self.refusal(node, fact, "Return the new streams.")
             if value != result:  # a stream handed on, or a value returned twice
                 self.instructions.append(Apply(result, Op.SAME, (value,)))
-        return Program(self.inputs, self.branches, tuple(self.instructions), self.results)
+        return Program(self.inputs, self.branches, tuple(self.instructions), self.results, frozenset(self.guarded))
 
     def read(self, node: Node) -> None:
         """Append the node's instruction, or fold it into a constant."""
         if node.op == "call_method" and node.target == "__call__":
             return self.read_call(node)
+        if node.target is guarded:
+            self.values[node] = factor = self.operand(node.args[0], node)
+            self.guarded |= set(names([factor]))
+            return None
         function = getattr(torch, str(node.target), None) if node.op == "call_method" else node.target
         op = OPERATIONS.get(function)
         if op is None or node.kwargs or len(node.args) != op.arity:

@@ -55,6 +55,12 @@ class Interval:
         """1/v for every v in it: the whole line where it holds zero."""
         return LINE if self.low <= 0 <= self.high else Interval(1 / self.high, 1 / self.low)
 
+    def guarded(self) -> Interval:
+        """What is left of it where a run looks that its numbers are neither zero nor too small or large to divide by."""
+        if self.low < 0:
+            return self if self.high > 0 else -(-self).guarded()
+        return Interval(max(self.low, SMALLEST), min(self.high, LARGEST)) if self.high > 0 else self
+
     def exp(self) -> Interval:
         return Interval(_exp(self.low), _exp(self.high))
 

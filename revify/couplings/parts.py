@@ -144,7 +144,7 @@ def _programs(coupling: Coupling) -> Iterator[Program]:
                 coupling.name,
                 f"after its branch {_letter(own)} there are {len(left)} values, not {len(streams)} streams",
             )
-        yield Program(streams, (_letter(own),), own, left)
+        yield Program(streams, (_letter(own),), own, left, whole.guarded)
         streams = left
 
 

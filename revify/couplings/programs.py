@@ -137,12 +137,14 @@ class Program:
         branches: names of the branches, in the order in which they are passed.
         instructions: in the order in which they run; each calls at most one branch.
         outputs: names of the streams that come out.
+        guarded: values that every run is to look at, whether they are numbers to divide by.
     """
 
     inputs: tuple[str, ...]
     branches: tuple[str, ...]
     instructions: tuple[Instruction, ...]
     outputs: tuple[str, ...]
+    guarded: frozenset[str] = frozenset()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         """The outputs, from the input streams and then the branches."""

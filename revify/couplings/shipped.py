@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from revify.couplings.guarding import guarded
+
 Streams = tuple[Tensor, Tensor]
 Branch = Callable[[Tensor], Tensor]
 PairBranch = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -66,6 +68,35 @@ def affine(x1: Tensor, x2: Tensor, F: PairBranch, G: PairBranch) -> Streams:
     return y1, y2
 
 
+def exponential(x1: Tensor, x2: Tensor, F: Branch, G: Branch) -> Streams:
+    """Each stream is scaled by exp(t) and shifted by t, t being a branch of the other: MemCNN's affine coupling.
+
+    The log-scale has no bound: every run looks whether exp(t) stayed a number to divide by. `affine` needs no such look.
+
+    Reference: van de Leemput et al. 2019, MemCNN (doi 10.21105/joss.01576), with its first adapter.
+    """
+    t = F(x2)
+    y1 = x1 * guarded(torch.exp(t)) + t
+    t = G(y1)
+    y2 = x2 * guarded(torch.exp(t)) + t
+    return y1, y2
+
+
+def glow(x1: Tensor, x2: Tensor, F: PairBranch, G: PairBranch) -> Streams:
+    """Each stream is scaled by sigmoid(s + 2) and shifted by t, both of a branch of the other.
+
+    The scale is below 1, so that solving for a stream magnifies errors, and has no lower bound: every run looks whether
+    it stayed a number to divide by. `EvenOdd` makes a branch with s and t from one with twice the channels.
+
+    Reference: Kingma and Dhariwal 2018, Glow (arXiv 1807.03039), as its authors' code has it.
+    """
+    s, t = F(x2)
+    y1 = x1 * guarded(torch.sigmoid(s + 2)) + t
+    s, t = G(y1)
+    y2 = x2 * guarded(torch.sigmoid(s + 2)) + t
+    return y1, y2
+
+
 def damped(x1: Tensor, x2: Tensor, F: Branch, G: Branch, gamma: float = 0.5) -> Streams:
     """`additive` with a gain γ on the old value; another γ is `functools.partial(damped, gamma=0.25)`.
 
@@ -101,3 +132,22 @@ class ScaleShift(nn.Module):
         along_channels = [1] * t.ndim
         along_channels[self.axis] = -1
         return self.weight.view(along_channels) * t, t
+
+
+class EvenOdd(nn.Module):
+    """A branch of `affine` or `glow` made of one with twice the channels: the odd ones are s, the even ones t.
+
+    Args:
+        branch: what gives 2·c channels where the stream that they are for has c.
+        axis: the axis of the channels: 1 for NCHW, −1 for tokens and NHWC.
+    """
+
+    def __init__(self, branch: nn.Module, axis: int = 1) -> None:
+        super().__init__()
+        self.branch, self.axis = branch, axis
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s and t."""
+        channels = self.branch(x).movedim(self.axis, -1)
+        s, t = channels[..., 1::2], channels[..., 0::2]
+        return s.movedim(-1, self.axis), t.movedim(-1, self.axis)

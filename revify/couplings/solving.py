@@ -61,7 +61,8 @@ def solve(forward: Program) -> Solution | Stuck:
     while not search.known.issuperset(forward.inputs):
         if not (search.undo() or search.evaluate() or search.eliminate()):
             return explain(forward, search.open, search.known, search.bounds)
-    inverse = Program(forward.outputs, forward.branches, tuple(search.instructions), forward.inputs)
+    instructions = tuple(search.instructions)
+    inverse = Program(forward.outputs, forward.branches, instructions, forward.inputs, forward.guarded)
     places = [search.open[name] for name in forward.inputs]
     crossings = sum(a > b for a, b in itertools.combinations(places, 2))
     return Solution(inverse, tuple(reversed(search.pivots)), odd=crossings % 2 == 1)
@@ -162,7 +163,12 @@ class Search:
 
 
 def bounds(program: Program) -> dict[str, Interval]:
-    """Where each value can lie, whatever the streams are and the branches give."""
-    anything = [LINE if count == 1 else (LINE,) * count for count in program.gives.values()]
-    branches = [lambda *_, result=result: result for result in anything]
-    return program.run(*(LINE for _ in program.inputs), *branches)
+    """Where each value can lie, whatever the streams are and the branches give, in a run that guards do not refuse."""
+    found: dict[str, Interval] = dict.fromkeys(program.inputs, LINE)
+    for step in program.instructions:
+        if isinstance(step, Apply):
+            (bound,) = step.execute(found, {})
+            found[step.result] = bound.guarded() if step.result in program.guarded else bound
+        else:
+            found.update(dict.fromkeys(step.results, LINE))
+    return found

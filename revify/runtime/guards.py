@@ -101,7 +101,7 @@ class Repeats:
 
     def check_in_the_end(self) -> None:
         """Refuse the gradients of the running backward, at its end, if anything did not repeat itself."""
-        _in_the_end(partial(_check_repeats, self._repeats))  # without the tape, which is to be freed
+        in_the_end(partial(_check_repeats, self._repeats))  # without the tape, which is to be freed
 
 
 class Drifts:
@@ -116,10 +116,10 @@ class Drifts:
 
     def check_in_the_end(self) -> None:
         """Refuse the gradients of the running backward, at its end, if the drift spoils them."""
-        _in_the_end(partial(_check_drifts, self._drifts))
+        in_the_end(partial(_check_drifts, self._drifts))
 
 
-def _in_the_end(check: Callable[[], None]) -> None:
+def in_the_end(check: Callable[[], None]) -> None:
     """Call it when the running backward ends: calling it now would make the device wait at every block."""
     if torch._C._current_graph_task_id() >= 0:
         Variable._execution_engine.queue_callback(check)

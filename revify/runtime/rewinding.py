@@ -14,8 +14,7 @@ measured on samples of the streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -25,42 +24,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from revify.couplings.deriving import Coupling
 from revify.couplings.programs import Apply, Call, Instruction, names
 from revify.errors import StreamError
+from revify.runtime.factors import Factors
 from revify.runtime.guards import Drifts, Peaks, Repeats, checksum
 from revify.runtime.layers import Layer, Values, operands
 from revify.runtime.numbers import Numbers
+from revify.runtime.passages import Named, Passage, place, sample
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
 from revify.runtime.tape import Value, with_strides
-
-SAMPLES = 256  # of each stream, to measure the drift
-
-
-@dataclass(slots=True)
-class Passage:
-    """What the tape keeps of one layer.
-
-    Args:
-        layer: the layer.
-        reruns: of its branch calls, by the names of their results.
-        needs_grad: which values had a gradient.
-        strides: of every value, which its reconstruction must have too: kernels depend on them.
-        marks: of the input streams, a checksum or a sample.
-        residues: the packed bits of values that contracted.
-    """
-
-    layer: Layer
-    reruns: dict[tuple[str, ...], Rerun] = field(default_factory=dict)
-    needs_grad: dict[str, bool] = field(default_factory=dict)
-    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    marks: dict[str, Tensor] = field(default_factory=dict)
-    residues: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """Stands in a graph for a value of a layer's program."""
-
-    load: Callable[[], Tensor]
 
 
 class Rewind:
@@ -69,11 +40,13 @@ class Rewind:
     Args:
         numbers: how its values are held.
         recorded: whether a backward may come, with nothing saved for it.
+        divides: whether it divides by factors that the couplings guard, rather than its backward only.
     """
 
-    def __init__(self, numbers: Numbers, *, recorded: bool) -> None:
+    def __init__(self, numbers: Numbers, *, recorded: bool, divides: bool = False) -> None:
         self.numbers = numbers
         self.recorded = recorded
+        self._divides = divides
         self._passages: list[Passage] = []
         self._ends: list[Value] = []  # the last streams, until the first step back
         self._position = -1
@@ -81,6 +54,7 @@ class Rewind:
         self._ahead: list[Instruction] = []  # of its inverse
         self._peaks = Peaks(numbers.grid) if recorded and numbers.grid is not None else None
         self._finite = True  # whether the ends are; known once a backward begins
+        self._factors = Factors() if recorded or divides else None
         self._repeats: Repeats | Drifts = Drifts() if numbers.grid is None else Repeats()
 
     # Forward
@@ -116,6 +90,8 @@ class Rewind:
                 values[step.result] = self._apply(len(self._passages) - 1, step, values, shapes)
                 if self._peaks is not None:
                     self._peaks.observe(layer.name, values[step.result])
+                if self._factors is not None and step.result in program.guarded:
+                    self._factors.note(layer.name, values[step.result])
         if self.recorded:
             passage.needs_grad = {name: value.requires_grad for name, value in values.items()}
             passage.strides = {name: value.stride() for name, value in values.items()}
@@ -131,6 +107,8 @@ class Rewind:
     def finish(self, outputs: tuple[Tensor, ...]) -> None:
         """The pass ends with these streams, or exact copies of them."""
         self.stop(outputs)
+        if self._divides and self._factors is not None:
+            self._factors.check()
         if self._peaks is not None:
             self._peaks.check()
 
@@ -178,10 +156,10 @@ class Rewind:
         layer = self._passages[k].layer
         if not self.recorded:
             return layer.apply(step, self.numbers, values, shapes)
-        own = {name: _place(values[name]) for name in names(step.operands)}
+        own = {name: place(values[name]) for name in names(step.operands)}
 
         def drop(tensor: Tensor) -> Named:
-            named = [name for name, place in own.items() if place == _place(tensor)]
+            named = [name for name, where in own.items() if where == place(tensor)]
             return Named(partial(self._load_value, k, named[0] if named else step.result))
 
         with saved_tensors_hooks(drop, lambda kept: kept.load()):
@@ -216,6 +194,8 @@ class Rewind:
                 self._peaks.check()
             ends = [value.checked("the sequence") for value in self._ends]
             self._finite = all(bool(end.isfinite().all()) for end in ends)
+            if self._finite and self._factors is not None:
+                self._factors.check()
             self._ends = []
             self._enter(self._position, ends)
         while self._position > k:
@@ -306,13 +286,3 @@ class Rewind:
             self._repeats.note(passage.layer.name, mark, passage.marks[name])
         else:
             self._repeats.note(passage.layer.name, mark != passage.marks[name])
-
-
-def sample(stream: Tensor) -> Tensor:
-    """Up to SAMPLES values, evenly spread."""
-    flat = stream.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
-
-
-def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()

@@ -129,7 +129,7 @@ def inverse(blocks: Sequence[Block], y: Streams, side: Sides, residues: Residues
     couplings = [block.coupling for block in blocks]
     grid = common_grid(couplings, blocks[0].grid)
     given = _split(y, blocks[0], swapped=sum(map(_swaps, couplings)) % 2 == 1)
-    rewind = Rewind(Numbers(grid, given[0].dtype), recorded=saves_nothing())
+    rewind = Rewind(Numbers(grid, given[0].dtype), recorded=saves_nothing(), divides=True)
     if residues is None and any(rewind.numbers.bits(coupling) for coupling in couplings):
         raise RevifyError(
             f"{couplings[0].name} contracts: its outputs alone do not say what its inputs were. Keep the bits: "
