@@ -12,6 +12,7 @@ from revify.words import (
     FIXED,
     MAX_BITS,
     MAX_GRID,
+    SHORT_GRID,
     SIGNS,
     PredictorName,
     SignName,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_BITS = 4
-DEFAULT_GRID = 12
 
 
 class Options(TypedDict, total=False):
@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
     bits: int | Literal["auto"] | None
     sign: SignName | None
     unit: Unit | None
-    grid: int | None
+    grid: int | Literal["auto"] | None
     transitions: Transitions | None
     streams: Streams | None
     coupling: Callable[..., tuple[Tensor, ...]] | None
@@ -64,7 +64,9 @@ class Method:
             so that the change is zero on average, and the plain blocks in eval mode.
         unit: what one step is: block, or branch, which makes each residual addition of a pre-norm block a step of its
             own, so that only one branch's activations live at a time.
-        grid: resolution q of the stream, whose values are multiples of 2^-q within ±2^(24-q), 0 to 20.
+        grid: resolution q of the stream, 0 to 40: its values are multiples of 2^-q within ±2^(24-q), and beyond q = 20 in
+            float64, within ±2^(53-q). By default auto: for each stage what holds its values and shows what its blocks
+            add, from a run on the example; 12 where the model holds no data.
         transitions: what becomes of that which lies outside of the stages (stem, transitions, head): checkpoint runs it
             again, too, where that lowers the peak; keep leaves it to ordinary autograd, which is faster.
         streams: full, or split: the halves of the channels are the streams and the blocks' branches F and G are cut to
@@ -82,7 +84,7 @@ class Method:
     bits: int | Literal["auto"] | None = None
     sign: SignName | None = None
     unit: Unit = "block"
-    grid: int = DEFAULT_GRID
+    grid: int | Literal["auto"] = "auto"
     transitions: Transitions = "checkpoint"
     streams: Streams = "full"
     coupling: Callable[..., tuple[Tensor, ...]] | None = None
@@ -158,10 +160,10 @@ class Method:
                 f"bits={self.bits!r} is no number of residue bits: give a whole number from 0 to {MAX_BITS}, or, with "
                 'images to calibrate on, "auto".'
             )
-        if not _is_whole(self.grid, MAX_GRID):
+        if self.grid != "auto" and not _is_whole(self.grid, MAX_GRID):
             raise RevifyError(
-                f"grid={self.grid!r} is no resolution: give a whole number q from 0 to {MAX_GRID}; values are then multiples "
-                f"of 2^-q within ±2^(24-q). The default is {DEFAULT_GRID} (±{2 ** (24 - DEFAULT_GRID)})."
+                f'grid={self.grid!r} is no resolution: give "auto" or a whole number q from 0 to {MAX_GRID}; values are then '
+                f"multiples of 2^-q within ±2^(24-q), and beyond {SHORT_GRID} in float64, within ±2^(53-q)."
             )
         if self.sign is not None and self.sign not in SIGNS:
             raise RevifyError(f"sign={self.sign!r} is not known: choose one of {', '.join(SIGNS)}.")

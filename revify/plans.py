@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Annotated, Any
 
+import torch
+
 from revify.couplings.formulas import Formula
 from revify.errors import RevifyError
 from revify.plan_faults import block_faults, plan_faults, stage_faults
 from revify.reading.roles import Shortcut
 from revify.records import STORED, Among, FaultError, Prose, Range, parse, plain, read, shown
+from revify.runtime.grid import Grid
 from revify.tables import draw_plan
 from revify.words import CALIBRATED, FIXED, MAX_BITS, MAX_GRID, SIGNS
 
@@ -146,6 +149,7 @@ class StagePlan:
         deviation: relative error of the model's output on the calibration data with the stages up to this one
             converted, None where it was not measured.
         coupling: where the stage is split into two streams, the name of their coupling, else "".
+        grid: resolution of its grid, None where it is that of the plan.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -159,6 +163,12 @@ class StagePlan:
     rank: Annotated[int, Range(0, 2**20)] = 0
     deviation: Annotated[float, Range(0, float("inf"))] | None = None
     coupling: str = ""
+    grid: Annotated[int, Range(0, MAX_GRID)] | None = None
+
+    @property
+    def element_bytes(self) -> int:
+        """Of one element of a stream value."""
+        return Grid(self.grid or 0).held_in(getattr(torch, self.dtype)).itemsize
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
@@ -174,7 +184,7 @@ class StagePlan:
         """What the reversible stage holds: two stream values and the packed residues."""
         if self.coupling:
             return self.stream_bytes
-        elements = self.stream_bytes // (8 if self.dtype == "float64" else 4)
+        elements = self.stream_bytes // self.element_bytes
         return 2 * self.stream_bytes + sum(elements * bits // 8 for bits in self.step_bits[1:])
 
     def with_bits(self, bits: int) -> StagePlan:
@@ -240,13 +250,14 @@ class Plan:
         model: its class name.
         architecture: its name in timm, where known.
         example: the shapes of the inputs it was analysed with.
-        grid: resolution q of the grid, in bits behind the binary point.
+        grid: resolution q of the grid, in bits behind the binary point, of the stages that say nothing else.
         transitions: "keep" or "checkpoint".
         stages: what becomes reversible.
         checkpointed: what lies outside of the stages and is checkpointed.
         refusals: what looks like a block and is left as it is.
         saved_bytes: what plain autograd saves for the example.
         traced: how the structure was found: "whole" or, where the whole model cannot be traced, why not.
+        unmeasured: where the grid was to be chosen, why nothing could be measured for that; else "".
         couplings: formulas of your own that the stages name. They live in this process only: a plan that went through JSON
             has names, and is given the formulas when it is read.
     """
@@ -261,11 +272,16 @@ class Plan:
     refusals: tuple[Refusal, ...]
     saved_bytes: Bytes
     traced: Prose
+    unmeasured: Prose = ""
     couplings: tuple[Formula, ...] = field(default=(), compare=False, repr=False, metadata={STORED: False})
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
         return plan_faults(self)
+
+    def grid_of(self, stage: StagePlan) -> Grid:
+        """The grid of one of its stages."""
+        return Grid(self.grid if stage.grid is None else stage.grid)
 
     @property
     def stage_share(self) -> float:

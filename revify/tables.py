@@ -61,6 +61,12 @@ def draw_plan(plan: Plan) -> str:
     )
     if any(b.shortcut == "post-activation" for stage in plan.stages if stage.coupling for b in stage.blocks):
         console.print("  the activations after the additions go into the branches, and once to the end of each stage")
+    for grid in sorted({plan.grid_of(stage) for stage in plan.stages}, key=lambda grid: grid.resolution):
+        numbers = ", ".join(str(n) for n, stage in enumerate(plan.stages) if plan.grid_of(stage) == grid)
+        held = ", held in float64: its blocks change it by less than float32 shows on a grid" if grid.is_wide else ""
+        console.print(f"  grid of stage {numbers}: 2^-{grid.resolution}{held}")
+    if plan.unmeasured:
+        console.print(f"  this grid is the default, nothing was measured: {plan.unmeasured}")
     if plan.traced != "whole":
         console.print(f"  traced {printable(plan.traced, 2000)}")
     return text.getvalue().rstrip()

@@ -8,7 +8,10 @@ FIXED = ("identity", "midpoint", "zero", "output")
 CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
 SIGNS = ("positive", "balanced", "random")
 MAX_BITS = 8  # the residue of one element fits one byte while it is being packed
-MAX_GRID = 20
+DEFAULT_GRID = 12  # ±4096 in float32
+SHORT_GRID = 20  # the finest of which float32 still holds a useful range, ±16
+WIDE_GRID = 32  # ±2^21 in float64
+MAX_GRID = 40  # ±2^13 in float64
 
 PredictorName = Literal[
     "identity", "midpoint", "zero", "output", "diagonal", "lowrank", "linear_z", "linear", "auto"

@@ -299,7 +299,7 @@ def test_default_is_near_the_plain_model() -> None:
             {"predictor": "linear regression"},
             "predictor='linear regression' is not known: choose one of identity, midpoint",
         ),
-        ({"grid": 21}, "grid=21 is no resolution: give a whole number q from 0 to 20"),
+        ({"grid": 41}, 'grid=41 is no resolution: give "auto" or a whole number q from 0 to 40'),
         ({"grid": -1}, "grid=-1 is no resolution"),
         ({"grid": "fine"}, "grid='fine' is no resolution"),
         ({"transitions": "drop"}, 'transitions=\'drop\' is not known: choose "keep" or "checkpoint"'),

@@ -202,7 +202,7 @@ def _settle_stage(
     damage = math.inf if request.bits == "auto" else None
     for _ in range(TRIALS):
         walks = [replace(walk) for walk in start]
-        trial, forecasts, worst = _fit_stage(plain, stage, plan.grid, request, walks, survey, damage)
+        trial, forecasts, worst = _fit_stage(plain, stage, plan.grid_of(stage), request, walks, survey, damage)
         trial_plan = replace(plan, stages=(*plan.stages[:number], trial, *plan.stages[number + 1 :]))
         partial_model = drawing_signs(
             apply_plan(plain, _upto(trial_plan, number + 1), forecasts={**fitted, **forecasts})
@@ -222,7 +222,7 @@ def _settle_stage(
 def _fit_stage(
     plain: nn.Module,
     stage: StagePlan,
-    resolution: int,
+    grid: Grid,
     request: Request,
     walks: list[Walk],
     survey: Survey,
@@ -238,7 +238,7 @@ def _fit_stage(
             f"stage {stage.blocks[0].path} …: its channel axis could not be found, so no predictor can be fitted per channel. "
             'Use predictor="identity" or "midpoint" for this model.'
         )
-    grid, axis = Grid(resolution), stage.axis
+    axis = stage.axis
     channels = walks[0].z.shape[axis]
     forecasts: Forecasts = {}
     worst = 0.0
@@ -249,7 +249,8 @@ def _fit_stage(
             cost = multiply_adds(block, planned, walks[0])
             stage = with_form(stage, request.predictor, request.rank, channels, cost)
         for walk in walks:
-            walk.t = grid.round(run_block(block, planned.stream, walk.z, walk.sides[planned.path]))
+            z = walk.z.to(walk.original.dtype)
+            walk.t = grid.round(run_block(block, planned.stream, z, walk.sides[planned.path]))
             walk.aim = run_block(block, planned.stream, walk.original, walk.sides[planned.path])
         following = [walk.t for walk in walks]
         if index > 0:

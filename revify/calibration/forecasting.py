@@ -35,7 +35,7 @@ def with_form(stage: StagePlan, predictor: str, rank: int | None, channels: int,
 def multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
     """What the block costs per element of its stream."""
     with FlopCounterMode(display=False) as counter:
-        run_block(block, planned.stream, walk.z, walk.sides[planned.path])
+        run_block(block, planned.stream, walk.original, walk.sides[planned.path])
     return counter.get_total_flops() / 2 / walk.z.numel()
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.rewriting.applying import apply_plan
-from revify.runtime.grid import Grid
 
 FLOOR = 0.1  # what a position counts at least, where the average counts 1
 
@@ -142,7 +141,7 @@ def start_walks(
 ) -> list[Walk]:
     """Every batch at the entrance of a stage, in the converted model so far and in the original."""
     converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted)) if upstream.stages else None
-    grid, first = Grid(upstream.grid), stage.blocks[0]
+    grid, first = upstream.grid_of(stage), stage.blocks[0]
     walks = []
     for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
         original = arrived[first.path]

@@ -28,6 +28,7 @@ from revify.reading.segments import BranchCode, find_branches
 from revify.reading.tracing import Example, Trace, call_with, run_copy
 from revify.rewriting.branches import Branch, chain_rule, make_branches
 from revify.rewriting.cutting import apply_cuts
+from revify.runtime.grid import Grid
 from revify.runtime.halves import ChainRule
 
 
@@ -66,7 +67,8 @@ def split_stages(
         halved = replace(halved, blocks=tuple(replace(b, inputs=inputs[b.path]) for b in halved.blocks))
         stages.append(halved)
         orders.append(order)
-    proven = _proven(stages, model, example, orders, plan.grid) if stages else ()
+    grids = [plan.grid_of(stage) for stage in stages]
+    proven = _proven(stages, model, example, orders, grids) if stages else ()
     return replace(plan, stages=proven, refusals=tuple(refusals), couplings=() if formula in SHIPPED else (formula,))
 
 
@@ -139,13 +141,13 @@ def _tied(model: nn.Module) -> set[str]:
 
 
 def _proven(
-    stages: list[StagePlan], model: nn.Module, example: Example, orders: list[tuple[Turn, ...]], grid: int
+    stages: list[StagePlan], model: nn.Module, example: Example, orders: list[tuple[Turn, ...]], grids: list[Grid]
 ) -> tuple[StagePlan, ...]:
     """The stages with every branch lifted that did not run when cut, and what each saves."""
 
     def work(copied: nn.Module, given: Example) -> tuple[StagePlan, ...]:
         trials: list[list[_Trial]] = []
-        for stage, order in zip(stages, orders, strict=True):
+        for stage, order, grid in zip(stages, orders, grids, strict=True):
             rest, rule = iter(order), chain_rule(stage, order, grid)
             trials.append([])
             for index, block in enumerate(stage.blocks):

@@ -11,6 +11,7 @@ from revify.couplings.shipped import additive
 from revify.methods import Method
 from revify.planning.blocks import find_blocks
 from revify.planning.branching import cut_blocks
+from revify.planning.grids import choose_grids, with_grid
 from revify.planning.halving import split_stages
 from revify.planning.refusals import find_refusals
 from revify.planning.stages import Stage, channel_axis, group_stages
@@ -19,6 +20,7 @@ from revify.plans import BlockPlan, Plan, StagePlan
 from revify.reading.observing import observe
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
+from revify.words import DEFAULT_GRID, SHORT_GRID
 
 
 def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
@@ -42,7 +44,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         model=type(model).__name__,
         architecture=architecture,
         example=tuple(tuple(x.shape) for x in tensors_of(example)),
-        grid=method.grid,
+        grid=DEFAULT_GRID if method.grid == "auto" else method.grid,
         transitions=method.transitions,
         stages=tuple(_stage_plan(stage, method, channel_axis(stage, observation, modules)) for stage in stages),
         checkpointed=(),
@@ -50,6 +52,10 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
+    if plan.stages and method.grid == "auto":
+        plan = choose_grids(plan, model, example)
+    elif plan.grid > SHORT_GRID:
+        plan = replace(plan, stages=tuple(with_grid(stage, plan.grid) for stage in plan.stages))
     if method.streams == "split":
         plan = split_stages(plan, model, example, method.coupling or additive, observation, graph)
     elif method.unit == "branch":

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
+
 from revify.planning.refusals import parents
 from revify.plans import CheckpointPlan, Plan, StagePlan
 from revify.reading.observing import Call, Observation, ValueKey
@@ -106,7 +108,7 @@ def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[
 
 def _holds_its_output(stage: StagePlan) -> bool:
     """Whether what leaves the stage is the value that it holds, not a shorter-typed or joined copy."""
-    return not stage.coupling and stage.dtype in ("float32", "float64")
+    return not stage.coupling and stage.element_bytes == getattr(torch, stage.dtype).itemsize
 
 
 def _only_input(call: Call) -> ValueKey | None:

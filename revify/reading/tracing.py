@@ -64,7 +64,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_without_data(parameter), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _without_data(buffer)
-    return _bare(copy.deepcopy(model, memo))
+    return bare(copy.deepcopy(model, memo))
 
 
 def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Example], Result]) -> Result:
@@ -73,7 +73,7 @@ def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Exam
         with torch.random.fork_rng(devices=[]):  # a model may draw numbers that do not depend on its input
             return work(meta_copy(model), _each(example, _without_data))
     except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
-        real = _bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+        real = bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
         devices = {x.device for x in (*tensors_of(example), *model.parameters()) if x.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=sorted(devices, key=str)):
@@ -144,7 +144,8 @@ def _without_data(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, without hooks and in train mode."""
     for module in model.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()

@@ -69,7 +69,7 @@ def apply_plan(
         if stage.coupling:
             _install_halves(converted, stage, plan)
             continue
-        _install(converted, stage, plan.grid, forecasts or {}, trainable)
+        _install(converted, stage, plan.grid_of(stage), forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
         for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
             module = converted.get_submodule(path)
@@ -86,7 +86,7 @@ def change_bits(model: nn.Module, plan: Plan) -> None:
         plan: like the model's own but for the bits.
     """
     for stage in plan.stages:
-        rule = _rule(stage, plan.grid)
+        rule = _rule(stage, plan.grid_of(stage))
         for step in (step for block in stage.blocks for step in _steps(model.get_submodule(block.path))):
             step.rule = rule
     model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
@@ -114,12 +114,11 @@ def remove_plan(model: nn.Module) -> nn.Module:
 def _install(
     model: nn.Module,
     stage: StagePlan,
-    resolution: int,
+    grid: Grid,
     forecasts: Mapping[str, dict[str, Tensor]],
     trainable: bool,
 ) -> None:
-    rule = _rule(stage, resolution)
-    grid = rule.grid
+    rule = _rule(stage, grid)
     index = 0
     for block in stage.blocks:
         module = model.get_submodule(block.path)
@@ -139,8 +138,8 @@ def _install(
         module.forward = steps[0] if len(steps) == 1 else Steps(steps)
 
 
-def _rule(stage: StagePlan, resolution: int) -> StageRule:
-    return StageRule(stage.steps, stage.step_bits, Grid(resolution), stage.sign)
+def _rule(stage: StagePlan, grid: Grid) -> StageRule:
+    return StageRule(stage.steps, stage.step_bits, grid, stage.sign)
 
 
 def _steps(block: nn.Module) -> tuple[Step, ...]:
@@ -154,7 +153,7 @@ def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
     assert stage.axis is not None  # only stages with a known axis are split
     channels = stage.shape[stage.axis]
     order = turns(find_coupling(stage.coupling, plan.couplings), len(stage.steps))
-    rule = chain_rule(stage, order, plan.grid)
+    rule = chain_rule(stage, order, plan.grid_of(stage))
     rest = iter(order)
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)

@@ -13,16 +13,17 @@ from revify.errors import RefusalError
 from revify.plans import CUT, WHOLE, BlockPlan, StagePlan
 from revify.reading.segments import BranchCode, Segment, find_branches
 from revify.runtime.arguments import with_stream
+from revify.runtime.grid import Grid
 from revify.runtime.halves import ChainRule, HalfBranch
 from revify.runtime.numbers import common_grid
 from revify.runtime.predictors import PREFIX
 
 
-def chain_rule(stage: StagePlan, order: tuple[Turn, ...], resolution: int) -> ChainRule:
+def chain_rule(stage: StagePlan, order: tuple[Turn, ...], grid: Grid) -> ChainRule:
     """The rule of a planned stage, whose branches have these turns."""
     assert stage.axis is not None  # only stages with a known axis are split
-    grid = common_grid((turn.part for turn in order), resolution)
-    return ChainRule(tuple(block.path for block in stage.blocks), stage.axis, stage.shape[stage.axis], grid)
+    common = common_grid((turn.part for turn in order), grid.resolution)
+    return ChainRule(tuple(block.path for block in stage.blocks), stage.axis, stage.shape[stage.axis], common)
 
 
 class Branch(HalfBranch):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from revify.words import SHORT_GRID
+
 Sign = Tensor | float | None  # of γ: ±1 for each sample, ±1, or None for +1
 
 
@@ -27,7 +29,7 @@ class Grid:
     """The multiples of 2^-resolution.
 
     Args:
-        resolution: q, in bits behind the binary point.
+        resolution: q, in bits behind the binary point, 0…40; beyond 20 its points are held in float64.
     """
 
     resolution: int
@@ -36,6 +38,15 @@ class Grid:
     def scale(self) -> float:
         """Grid points per unit."""
         return 2.0**self.resolution
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its points are held in float64, whatever the type of the values."""
+        return self.resolution > SHORT_GRID
+
+    def held_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a stream of values of this type is held."""
+        return torch.float64 if self.is_wide else stream_dtype(dtype)
 
     def limit(self, dtype: torch.dtype) -> float:
         """The magnitude below which every grid point is a number of `dtype` (float32 or float64)."""
@@ -47,13 +58,13 @@ class Grid:
         There is no −0 among them: the inverse of a step could not tell it from +0.
         """
         with torch.no_grad():
-            points = values.to(stream_dtype(values.dtype)).mul(self.scale).round_()
+            points = values.to(self.held_in(values.dtype)).mul(self.scale).round_()
             zero = torch.zeros((), dtype=points.dtype, device=points.device)
             return torch.add(zero, points, alpha=1 / self.scale, out=points)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a stream of values of this type is held in: float64 stays, everything shorter becomes float32."""
+    """What a stream of values of this type is held in, at least: float64 stays, everything shorter becomes float32."""
     return torch.promote_types(dtype, torch.float32)
 
 

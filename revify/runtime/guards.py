@@ -15,6 +15,7 @@ from torch.autograd import Variable
 from revify.errors import GridRangeError, ReplayError
 from revify.runtime.grid import Grid
 from revify.runtime.reruns import LIKELY_CAUSES
+from revify.words import WIDE_GRID
 
 FEWEST_POINTS = 16  # that the largest value of a stream must be away from zero
 MAX_DRIFT = 1e-3  # of a reconstructed stream, relative; gradients are then off by about as much
@@ -69,7 +70,8 @@ class Peaks:
         raise GridRangeError(
             f"{names[where]}: a stream value of magnitude {peak:.6g} is outside of the exact range ±{limit:g} of "
             f"the grid with resolution 2^-{self.grid.resolution}, so its input could not be reconstructed. Convert "
-            f"with a coarser grid, for example grid={self._fitting_resolution(peak, limit)}."
+            f"with a coarser grid, for example grid={self._fitting_resolution(peak, limit)}, or with grid={WIDE_GRID}, "
+            "which is held in float64."
         )
 
     def _check_entries(self) -> None:
@@ -79,7 +81,7 @@ class Peaks:
                 raise GridRangeError(
                     f"{name}: the largest value that enters the stream is {peak:.3g}, less than {FEWEST_POINTS} points of the "
                     f"grid with resolution 2^-{self.grid.resolution}, which would round the stream away. Convert with a "
-                    "finer grid (up to grid=20), or train the plain model until its values have grown."
+                    f"finer grid: grid={WIDE_GRID}, which is held in float64, shows every change that float32 shows."
                 )
 
     def _fitting_resolution(self, peak: float, limit: float) -> int:

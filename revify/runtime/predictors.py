@@ -90,6 +90,7 @@ class Calibrated:
         self.block, self.axis, self.grid = block, axis, grid
 
     def before(self, z: Tensor) -> Tensor:
+        z = self._short(z)
         forecast = torch.addcmul(self._channels("shift", z), self._channels("scale", z), z)
         weight, up, down = (getattr(self.block, PREFIX + n, None) for n in ("weight", "up", "down"))
         if weight is not None:
@@ -99,11 +100,16 @@ class Calibrated:
         return OnGrid.apply(forecast, self.grid)
 
     def after(self, t: Tensor) -> Tensor | None:
+        t = self._short(t)
         forecast = self._channels("scale_t", t) * t
         weight = getattr(self.block, PREFIX + "weight_t", None)
         if weight is not None:
             forecast = forecast + self._mix(t, weight)
         return OnGrid.apply(forecast, self.grid)
+
+    def _short(self, values: Tensor) -> Tensor:
+        """A forecast is no better for being computed in float64, and would be slow."""
+        return values.float() if self.grid.is_wide else values
 
     def _channels(self, name: str, like: Tensor) -> Tensor:
         values: Tensor = getattr(self.block, PREFIX + name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from revify.errors import StreamError
 from revify.runtime.arguments import split_stream
-from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs
+from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs, stream_dtype
 from revify.runtime.guards import checksum
 from revify.runtime.links import Link, leave_link, take_link
 from revify.runtime.predictors import Predictor
@@ -63,7 +63,7 @@ class Step:
             return self._plain(args, kwargs)
         x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
-        branch_dtype = z.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        branch_dtype = stream_dtype(x.dtype) if torch.is_autocast_enabled(x.device.type) else x.dtype
         value, others = self._step(tape, z, older, side, branch_dtype)
         visible = value.to(branch_dtype)
         if self.index + 1 < len(self.rule.names):

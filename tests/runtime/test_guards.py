@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -169,10 +170,11 @@ def test_overflow_names_the_block_and_a_grid_that_is_wide_enough() -> None:
         GridRangeError, match=r"blocks.2: a stream value of magnitude 5\d{3}.* exact range ±4096"
     ) as caught:
         walk(model, [0, 1, 2, 3])
-    suggested = int(str(caught.value).rpartition("grid=")[2].rstrip("."))
-    assert suggested == 9
-    wider = revify.convert(revify.revert(model), inputs_of(model), grid=suggested)
-    assert_same_gradients(wider, inputs_of(wider))
+    suggested = [int(digits) for digits in re.findall(r"grid=(\d+)", str(caught.value))]
+    assert suggested == [9, 32]
+    for grid in (*suggested, "auto"):
+        wider = revify.convert(revify.revert(model), inputs_of(model), grid=grid)
+        assert_same_gradients(wider, inputs_of(wider))
 
 
 @pytest.mark.parametrize("predictor", ["identity", "midpoint"])

@@ -1,0 +1,76 @@
+"""grid="auto": for each stage the grid on which its values fit and the changes of its blocks show.
+
+    coarse side   HEADROOM · the largest value < 2^(24−q), the range of float32 on the grid
+    fine side     2^-q ≤ what a block changes / STEPS, or what the plain model's own type rounds away
+
+The default, q = 12 (±4096), holds both for most networks. Where values are larger, q is lower. Where the blocks change the
+stream by very little (LayerScale that starts at 1e-6), no q does: 24 bits are too few for both, and the plain model's
+floating point has them. There the stream is held in float64, with q = 32 (±2^21): it shows what float32 shows, and holds what
+training may make of it. A grid that changes while a model is trained, or from batch to batch, is no choice: a sample's
+result would depend on others, and a resumed run on more than its weights.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from revify.plans import Plan, StagePlan
+from revify.reading.flows import Flow, Place, watch_flows
+from revify.reading.tracing import Example
+from revify.runtime.grid import Grid, stream_dtype
+from revify.words import DEFAULT_GRID, WIDE_GRID
+
+HEADROOM = 8  # times the largest value seen: training makes values grow
+STEPS = 4  # of the grid, that the change of the median block is at least; rounding is then 7 % of it
+
+
+def choose_grids(plan: Plan, model: nn.Module, example: Example) -> Plan:
+    """The plan with a grid for each stage, from one run of the model on its example.
+
+    Args:
+        plan: of the model.
+        model: the plain model; it stays as it is. Without data (on the meta device) the default is kept, and the plan says so.
+        example: its inputs.
+    """
+    if any(p.is_meta for p in (*model.parameters(), *model.buffers())):
+        return replace(plan, unmeasured="the model holds no data")
+    places = {block.path: Place(block.stream, block.result) for stage in plan.stages for block in stage.blocks}
+    try:
+        flows = watch_flows(model, example, places)
+    except Exception as error:  # analysed without data, a model may not run with them here: half precision on a CPU
+        return replace(plan, unmeasured=f"it does not run here: {(str(error).strip().splitlines() or [''])[0]}")
+    return replace(
+        plan,
+        stages=tuple(
+            with_grid(stage, fitting_grid([flows[b.path] for b in stage.blocks if b.path in flows], stage.dtype))
+            for stage in plan.stages
+        ),
+    )
+
+
+def with_grid(stage: StagePlan, resolution: int) -> StagePlan:
+    """The stage on this grid, with what a value of its stream takes there."""
+    held = Grid(resolution).held_in(getattr(torch, stage.dtype))
+    elements = stage.stream_bytes // stage.element_bytes
+    return replace(stage, grid=resolution, stream_bytes=elements * held.itemsize)
+
+
+def fitting_grid(flows: list[Flow], dtype: str) -> int:
+    """The resolution for blocks through which these values flow."""
+    plain: torch.dtype = getattr(torch, dtype)
+    rounding = torch.finfo(plain).eps
+    changing = [flow for flow in flows if flow.change > 0]  # a block that starts as zero adds nothing on any grid
+    needed = [max(flow.change / STEPS, rounding * flow.size) for flow in changing]
+    step = statistics.median(needed) if needed else float("inf")
+    peak = max((flow.peak for flow in flows), default=0.0)
+    if not math.isfinite(peak):
+        return DEFAULT_GRID
+    resolution = DEFAULT_GRID
+    while resolution > 0 and HEADROOM * peak > Grid(resolution).limit(stream_dtype(plain)):
+        resolution -= 1
+    return resolution if 2.0**-resolution <= step else WIDE_GRID
