@@ -336,6 +336,23 @@ class LayersInARow(Net):
         return self.head(self.last_act(self.last_norm(x)).mean((2, 3)))
 
 
+class BlocksInGroups(Net):
+    """Three groups of four blocks each, and each group adds to its own input: the groups are a run of blocks, too."""
+
+    STAGES = tuple(tuple(f"blocks.{group}.body.{i}" for i in range(4)) for group in range(3))
+
+    class Group(nn.Module):
+        def __init__(self, *blocks: nn.Module) -> None:
+            super().__init__()
+            self.body, self.last = nn.Sequential(*blocks), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.body(x)) + x
+
+    def __init__(self, *groups: nn.Module) -> None:
+        super().__init__(*(groups or (self.Group(*(Mlp() for _ in range(4))) for _ in range(3))))
+
+
 class BranchesOnData(Net):
     """torch.fx cannot trace it as a whole, and it does not run without data."""
 
@@ -493,6 +510,7 @@ CONVERTIBLE: tuple[type[Net], ...] = (
     AuxiliaryLoss,
     TwoStages,
     LayersInARow,
+    BlocksInGroups,
     BranchesOnData,
     DrawsNumbersOutsideTheBlocks,
     TakesTwoInputs,

@@ -11,10 +11,11 @@ from revify.couplings.shipped import additive
 from revify.methods import Method
 from revify.planning.blocks import find_blocks
 from revify.planning.branching import cut_blocks
+from revify.planning.choosing import choose_stages
 from revify.planning.grids import choose_grids, with_grid
 from revify.planning.halving import split_stages
 from revify.planning.refusals import find_refusals
-from revify.planning.stages import Stage, channel_axis, group_stages
+from revify.planning.stages import Stage, channel_axis, find_runs
 from revify.planning.transitions import find_checkpoints
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.reading.observing import observe
@@ -37,7 +38,12 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     observation, graph = observe(model, example), follow(model, example)
     modules = dict(model.named_modules())
     blocks = find_blocks(observation, graph, modules)
-    stages = group_stages(blocks, graph)
+
+    def planned(stage: Stage) -> StagePlan:
+        return _stage_plan(stage, bits, predictor, None)
+
+    runs = find_runs(blocks, graph)
+    stages = choose_stages(runs, observation, planned, checkpoints=transitions == "checkpoint")
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else None
     plan = Plan(

@@ -1,7 +1,7 @@
 """Residual blocks → stages: maximal runs on one stream, each block's input being the output of the one before.
 
 Runs exist at several depths of the module tree (a block, the container of blocks, a branch that adds to its own input).
-Of runs that overlap, the one that saves most is the stage: the finer, the fewer activations live at a time.
+Which of them are the stages is decided by what the whole plan would hold (`choosing`).
 """
 
 from __future__ import annotations
@@ -46,21 +46,52 @@ class Stage:
         """Bytes that the reversible stage does not hold."""
         return self.saved_bytes - self.largest_block_bytes - 2 * self.stream_bytes
 
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """From where to where each block runs, in calls that had started."""
+        return tuple((block.call.order, block.call.end) for block in self.blocks)
 
-def group_stages(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, ...]:
-    """The stages of a model, in the order of their calls; no module is in two of them.
+    @property
+    def start(self) -> int:
+        """Where its first block begins."""
+        return self.spans[0][0]
+
+    @property
+    def end(self) -> int:
+        """Where its last block ends."""
+        return self.spans[-1][1]
+
+    def part(self, first: int, last: int) -> Stage:
+        """The blocks from the first up to, but without, the last."""
+        return Stage(self.blocks[first:last])
+
+    def overlaps(self, other: Stage) -> bool:
+        """Whether a block of the one contains, or is, one of the other."""
+        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
+
+
+def find_runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, ...]:
+    """Maximal chains at each depth; where two blocks continue a stream, the one of the same class does.
 
     Args:
         blocks: all residual blocks, at every depth.
         trace: of the model: a link that was observed must also stand in the graph, where there is one.
     """
-    runs = sorted(_runs(blocks, trace), key=lambda stage: (-stage.benefit, stage.blocks[0].call.order))
-    chosen: list[Stage] = []
-    for run in runs:
-        paths = {block.call.path for stage in chosen for block in stage.blocks}
-        if run.benefit > 0 and not any(_nested(block.call.path, path) for block in run.blocks for path in paths):
-            chosen.append(run)
-    return tuple(sorted(chosen, key=lambda stage: stage.blocks[0].call.order))
+    starting: dict[tuple[ValueKey, int], list[ResidualBlock]] = defaultdict(list)
+    for block in blocks:
+        starting[block.stream.key, _depth(block)].append(block)
+    runs: list[Stage] = []
+    taken: set[str] = set()
+    for block in blocks:
+        if block.call.path in taken:
+            continue
+        run = [block]
+        while following := _next(run[-1], starting, trace):
+            run.append(following)
+        taken.update(b.call.path for b in run)
+        if len(run) > 1:
+            runs.append(Stage(tuple(run)))
+    return tuple(runs)
 
 
 def channel_axis(stage: Stage, observation: Observation, modules: dict[str, nn.Module]) -> int | None:
@@ -93,25 +124,6 @@ def _axis_of(layer: nn.Module, shape: tuple[int, ...]) -> int | None:
     return len(shape) - 1 if width == shape[-1] else None
 
 
-def _runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> list[Stage]:
-    """Maximal chains at each depth; where two blocks continue a stream, the one of the same class does."""
-    starting: dict[tuple[ValueKey, int], list[ResidualBlock]] = defaultdict(list)
-    for block in blocks:
-        starting[block.stream.key, _depth(block)].append(block)
-    runs: list[Stage] = []
-    taken: set[str] = set()
-    for block in blocks:
-        if block.call.path in taken:
-            continue
-        run = [block]
-        while following := _next(run[-1], starting, trace):
-            run.append(following)
-        taken.update(b.call.path for b in run)
-        if len(run) > 1:
-            runs.append(Stage(tuple(run)))
-    return runs
-
-
 def _next(
     block: ResidualBlock, starting: dict[tuple[ValueKey, int], list[ResidualBlock]], trace: Trace
 ) -> ResidualBlock | None:
@@ -135,7 +147,3 @@ def _linked(block: ResidualBlock, other: ResidualBlock, trace: Trace) -> bool:
 
 def _depth(block: ResidualBlock) -> int:
     return block.call.path.count(".")
-
-
-def _nested(one: str, other: str) -> bool:
-    return one == other or one.startswith(other + ".") or other.startswith(one + ".")

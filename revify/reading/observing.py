@@ -61,6 +61,7 @@ class Call:
         path: the module's path.
         kind: its class name.
         order: position among all calls, by start.
+        end: how many calls had started when it returned: those from `order` up to there lie within it.
         inputs: its tensor arguments.
         output: the value it returned, None unless that is one tensor.
         shape: of that tensor.
@@ -72,6 +73,7 @@ class Call:
     path: str
     kind: str
     order: int
+    end: int
     inputs: tuple[TensorInput, ...]
     output: ValueKey | None
     shape: tuple[int, ...]
@@ -169,6 +171,7 @@ class _Observer:
                     path,
                     type(module).__name__,
                     order,
+                    self._started,
                     inputs,
                     self._key(output) if one else None,
                     tuple(output.shape) if one else (),

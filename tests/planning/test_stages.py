@@ -9,19 +9,20 @@ from torch import Tensor, nn
 
 import revify
 from revify.planning.blocks import find_blocks
-from revify.planning.stages import Stage, group_stages
+from revify.planning.stages import Stage, find_runs
 from revify.reading.observing import observe
 from revify.reading.recording import follow
 
 
-def stages_of(model: zoo.Net) -> tuple[Stage, ...]:
+def runs_of(model: zoo.Net) -> tuple[Stage, ...]:
     example = model.example()
     graph = follow(model, example)
-    return group_stages(find_blocks(observe(model, example), graph, dict(model.named_modules())), graph)
+    return find_runs(find_blocks(observe(model, example), graph, dict(model.named_modules())), graph)
 
 
 def paths_of(model: zoo.Net) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(block.call.path for block in stage.blocks) for stage in stages_of(model))
+    plan = revify.plan(model, model.example(), bits=0)
+    return tuple(tuple(block.path for block in stage.blocks) for stage in plan.stages)
 
 
 @pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
@@ -111,11 +112,11 @@ def test_blocks_of_other_types_do_not_join() -> None:
     model = Casts(*(zoo.Mlp() for _ in range(4)))
     model.blocks[2:].double()
     assert paths_of(model) == (("blocks.0", "blocks.1"), ("blocks.2", "blocks.3"))
-    assert [s.stream_bytes for s in stages_of(model)] == [2 * 5 * 6 * 4, 2 * 5 * 6 * 8]
+    assert [run.stream_bytes for run in runs_of(model)] == [2 * 5 * 6 * 4, 2 * 5 * 6 * 8]
 
 
 def test_bytes_of_a_stage() -> None:
-    (stage,) = stages_of(zoo.PreNormBlocks())
+    (stage,) = runs_of(zoo.PreNormBlocks())
     each = [block.call.saved_bytes for block in stage.blocks]
     assert stage.saved_bytes == sum(each)
     assert stage.largest_block_bytes == max(each)

@@ -1,0 +1,140 @@
+"""Networks of other packages: planned, converted, checked to the bit, and their peak counted against checkpointing.
+
+One row for each network of `networks`. The rival is per-block checkpointing of the blocks that a person would name, each
+with torch.utils.checkpoint. The gradients are those of the converted model under ordinary autograd, bit for bit, or
+the row says DIFFERENT. Bytes are counted on the CPU, where they repeat exactly; no times.
+
+The packages (spandrel, vit-pytorch, …) are not needed for anything else: install them with `pip install --no-deps
+--target DIR …` and put DIR on PYTHONPATH. A package that is not there is said to be missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import re
+import statistics
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from common import Results
+from networks import NETWORKS, Network
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revify
+from revify.measuring.measuring import mean_square
+from revify.measuring.memory import count_memory
+from revify.tables import group_reasons
+
+
+COLUMNS = {
+    "package": 12, "network": 18, "stages": 20, "plain MB": 8, "ckpt MB": 8, "ours MB": 8, "to ckpt": 7, "predicted": 9,
+    "gradients": 10, "what": 60,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="networks or packages, all by default")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--into", default="architectures", help="the results' name")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(options.into, COLUMNS)
+    ratios, predicted = [], []
+    for network in NETWORKS:
+        if options.names and not {network.name, network.package} & set(options.names):
+            continue
+        found = row(network, options.bits)
+        results.row(network.package, network.name, *found)
+        if isinstance(found[4], float):
+            ratios.append(found[4])
+            predicted.append(found[5])
+        results.failed += found[6] == "DIFFERENT"
+    if ratios:
+        results.say(f"\n{len(ratios)} of {len(results.rows)} converted; peak to checkpointing of the named blocks: geometric mean "
+                    f"{math.exp(statistics.fmean(map(math.log, ratios))):.3f}, most {max(ratios):.3f}; "
+                    f"predicted to measured peak: median {statistics.median(predicted):.3f}, {min(predicted):.2f} to {max(predicted):.2f}")  # fmt: skip
+    return results.write()
+
+
+def row(network: Network, bits: int) -> tuple[Any, ...]:
+    """What was found out about one network, in the order of the columns."""
+    torch.manual_seed(0)
+    try:
+        plain, example = network.make()
+    except ImportError as error:
+        return ("", "", "", "", "", "", "", f"missing: {error}")
+    plain.train()
+    rival, named = checkpointed(plain, network.blocks)
+    try:
+        plan = revify.plan(plain, example, bits=bits)
+    except revify.RevifyError as error:
+        return ("", "", "", "", "", "", "", f"refused: {error}"[:300])
+    stages = "-".join(str(len(stage.steps)) for stage in plan.stages)
+    what = f"{named} blocks named; {kinds(plan)}"
+    plain_peak, rival_peak = peak(plain, example), peak(rival, example)
+    shown = [round(plain_peak / 1e6, 3), round(rival_peak / 1e6, 3)]
+    if not plan.stages:
+        reasons = "; ".join(f"{paths}: {reason}" for reason, paths in group_reasons(plan.refusals).items())
+        return ("", *shown, "", "", "", "refused", f"{what}; {reasons}"[:400])
+    converted = revify.convert(plain, plan=plan)
+    same = gradients_are_equal(converted, example)
+    ours = peak(converted, example)
+    ratio, predicted = ours / rival_peak, plan.predicted_bytes / ours
+    return (stages, *shown, round(ours / 1e6, 3), ratio, predicted, "same" if same else "DIFFERENT", what)
+
+
+def kinds(plan: revify.Plan) -> str:
+    """The classes of the stages' blocks."""
+    return ", ".join(dict.fromkeys(block.kind for stage in plan.stages for block in stage.blocks))
+
+
+def checkpointed(model: nn.Module, patterns: tuple[str, ...]) -> tuple[nn.Module, int]:
+    """A copy that checkpoints the innermost modules that match, and how many they are."""
+    copied = copy.deepcopy(model)
+    paths = [path for path, _ in copied.named_modules() if any(re.fullmatch(pattern, path) for pattern in patterns)]
+    blocks = [path for path in paths if not any(other.startswith(path + ".") for other in paths)]
+    for path in blocks:
+        module = copied.get_submodule(path)
+        if any(True for _ in module.parameters()):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return copied, len(blocks)
+
+
+def peak(model: nn.Module, example: tuple[Tensor, ...]) -> int:
+    """The most that one training step allocates, once the gradients are there."""
+
+    def forward() -> Tensor:
+        return mean_square(model(*example))
+
+    torch.manual_seed(1)
+    torch.autograd.backward(forward())
+    return count_memory(forward, torch.device("cpu")).peak
+
+
+def gradients_are_equal(model: nn.Module, example: tuple[Tensor, ...]) -> bool:
+    """Whether the memory-free backward gives the same bits as ordinary autograd on the same model."""
+    found = []
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for plain in (True, False):
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(1)
+        if plain:
+            with revify.plain_backward():
+                output = mean_square(model(*example))
+            output.backward()
+        else:
+            output = mean_square(model(*example))
+            output.backward()
+        found.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    return len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
