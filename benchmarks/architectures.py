@@ -30,7 +30,6 @@ from revify.measuring.measuring import mean_square
 from revify.measuring.memory import count_memory
 from revify.tables import group_reasons
 
-
 COLUMNS = {
     "package": 12, "network": 18, "stages": 20, "plain MB": 8, "ckpt MB": 8, "ours MB": 8, "to ckpt": 7, "predicted": 9,
     "gradients": 10, "what": 60,
@@ -56,9 +55,11 @@ def main() -> int:
             predicted.append(found[5])
         results.failed += found[6] == "DIFFERENT"
     if ratios:
-        results.say(f"\n{len(ratios)} of {len(results.rows)} converted; peak to checkpointing of the named blocks: geometric mean "
-                    f"{math.exp(statistics.fmean(map(math.log, ratios))):.3f}, most {max(ratios):.3f}; "
-                    f"predicted to measured peak: median {statistics.median(predicted):.3f}, {min(predicted):.2f} to {max(predicted):.2f}")  # fmt: skip
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        results.say(f"\n{len(ratios)} of {len(results.rows)} converted")
+        results.say(f"peak to checkpointing of the named blocks: geometric mean {mean:.3f}, most {max(ratios):.3f}")
+        middle = statistics.median(predicted)
+        results.say(f"predicted to measured peak: median {middle:.3f}, {min(predicted):.2f} to {max(predicted):.2f}")
     return results.write()
 
 

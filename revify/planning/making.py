@@ -40,10 +40,10 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     blocks = find_blocks(observation, graph, modules)
 
     def planned(stage: Stage) -> StagePlan:
-        return _stage_plan(stage, bits, predictor, None)
+        return _stage_plan(stage, method, None)
 
     runs = find_runs(blocks, graph)
-    stages = choose_stages(runs, observation, planned, checkpoints=transitions == "checkpoint")
+    stages = choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else None
     plan = Plan(
