@@ -6,7 +6,7 @@ three steps, or three runs of six. Their calls are intervals on the axis of the 
     groups   ├────────────┼────────────┼────────────┤      a run, and each part of it that begins and ends at a block
     blocks   ├─┼─┼─┼─┼─┼─┤├─┼─┼─┼─┼─┼─┤├─┼─┼─┼─┼─┼─┤      with a run inside
 
-A set of stages is a way along the axis. What it costs so far is three numbers, and a way that is no better than another in
+A set of stages is a way along the axis. What it costs so far is four numbers, and a way that is no better than another in
 any of them is given up: a dynamic programme, whose best way is the best of all sets of runs that do not interleave.
 """
 
@@ -55,20 +55,28 @@ class _Cost:
         saved: bytes that autograd no longer saves, negative.
         held: bytes that are held instead.
         peak: the most that is held within it, above what was held before.
+        steps: what the stages hold and what their largest steps save: of ways with the same peak, the finer are taken.
     """
 
     saved: int = 0
     held: int = 0
     peak: int = 0
+    steps: int = 0
 
     def then(self, other: _Cost) -> _Cost:
         """This part, and after it the other."""
-        return _Cost(self.saved + other.saved, self.held + other.held, max(self.peak, self.held + other.peak))
+        peak = max(self.peak, self.held + other.peak)
+        return _Cost(self.saved + other.saved, self.held + other.held, peak, self.steps + other.steps)
 
     @property
     def total(self) -> int:
         """The peak, if nothing else came."""
         return self.saved + self.peak
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What is compared, the most important first."""
+        return self.total, self.saved + self.steps, self.saved + self.held
 
     def no_worse(self, other: _Cost) -> bool:
         """Whether nothing that may follow makes the other the better one."""
@@ -76,6 +84,7 @@ class _Cost:
             self.saved <= other.saved
             and self.saved + self.held <= other.saved + other.held
             and self.total <= other.total
+            and self.saved + self.steps <= other.saved + other.steps
         )
 
 
@@ -141,7 +150,8 @@ class _Piece:
         for (_, end), (start, _) in pairwise(stage.spans):
             cost = cost.then(axis.between(end, start))
         held = plan.held_bytes
-        self.cost = cost.then(_Cost(-plan.saved_bytes, held, held + plan.largest_block_bytes))
+        most = held + plan.largest_block_bytes
+        self.cost = cost.then(_Cost(-plan.saved_bytes, held, most, most))
 
 
 def _parts(runs: Sequence[Stage]) -> list[Stage]:
@@ -177,14 +187,14 @@ def _best_way(pieces: Sequence[_Piece], axis: _Axis) -> list[Stage]:
         for end, reached in ways
         for way in reached
     ]
-    best = min(last, key=lambda way: (way.cost.total, way.cost.saved + way.cost.held))
+    best = min(last, key=lambda way: way.cost.order)
     return best.stages()
 
 
 def _undominated(ways: Iterable[_Way]) -> list[_Way]:
     """The ways that may still be the best; of more than are followed, those of the lowest peak."""
     kept: list[_Way] = []
-    for way in sorted(ways, key=lambda way: (way.cost.total, way.cost.saved + way.cost.held, way.cost.saved)):
+    for way in sorted(ways, key=lambda way: way.cost.order):
         if not any(other.cost.no_worse(way.cost) for other in kept):
             kept.append(way)
     return kept[:WIDEST]
