@@ -1,11 +1,15 @@
-"""revify: turn an existing PyTorch model into a reversible one, and train it in a fraction of the memory."""
+"""revify: turn an existing PyTorch model into a reversible one, and train it in a fraction of the memory.
+
+What is public is what `__all__` lists here and in the packages' faces. Nothing below is imported before it is used, so that
+`import revify` costs nothing and `revify --help` comes at once.
+"""
 
 from __future__ import annotations
 
-from revify import couplings, presets
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from revify._version import __version__
-from revify.calibration.calibrating import calibrate
-from revify.conversion import convert, plan, revert
 from revify.errors import (
     CheckpointError,
     GridRangeError,
@@ -14,13 +18,18 @@ from revify.errors import (
     RevifyError,
     StreamError,
 )
-from revify.invertible import Invertible, is_invertible
-from revify.measuring.measuring import measure
-from revify.methods import Method
-from revify.plans import Plan
-from revify.reversible import Reversible, ReversibleSequence
-from revify.runtime.tape import plain_backward
-from revify.saving import load, save
+
+if TYPE_CHECKING:
+    from revify import couplings, presets
+    from revify.calibration.calibrating import calibrate
+    from revify.conversion import convert, plan, revert
+    from revify.invertible import Invertible, is_invertible
+    from revify.measuring.measuring import measure
+    from revify.methods import Method
+    from revify.plans import Plan
+    from revify.reversible import Reversible, ReversibleSequence
+    from revify.runtime.tape import plain_backward
+    from revify.saving import load, save
 
 __all__ = [
     "CheckpointError",
@@ -47,3 +56,33 @@ __all__ = [
     "revert",
     "save",
 ]
+
+_HOMES = {
+    "Invertible": "invertible",
+    "Method": "methods",
+    "Plan": "plans",
+    "Reversible": "reversible",
+    "ReversibleSequence": "reversible",
+    "calibrate": "calibration.calibrating",
+    "convert": "conversion",
+    "is_invertible": "invertible",
+    "load": "saving",
+    "measure": "measuring.measuring",
+    "plain_backward": "runtime.tape",
+    "plan": "conversion",
+    "revert": "conversion",
+    "save": "saving",
+}
+_PACKAGES = ("couplings", "presets")
+
+
+def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"revify.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"revify.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'revify' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

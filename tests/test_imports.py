@@ -135,25 +135,62 @@ def test_only_the_rewriting_edits_modules() -> None:
     }
 
 
-def test_importing_does_no_heavy_work() -> None:
-    script = (
-        "import sys, torch\n"
-        "before = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()\n"
-        "import revify\n"
-        "after = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()\n"
-        "assert torch.equal(before[0], after[0]) and before[1:] == after[1:]\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
-    )
+def run(script: str) -> str:
+    """What a fresh interpreter prints."""
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_using_every_public_name_does_no_heavy_work_and_advances_no_generator() -> None:
+    script = (
+        "import random, sys, numpy, torch\n"
+        "def state():\n"
+        "    own, other = random.getstate(), numpy.random.get_state()\n"
+        "    settings = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()\n"
+        "    return repr(own), repr(other), torch.get_rng_state().tolist(), settings\n"
+        "before = state()\n"
+        "import revify\n"
+        "assert state() == before\n"
+        "for name in revify.__all__:\n"
+        "    getattr(revify, name)\n"
+        "assert state() == before\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    assert run(script) == "[]"
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "import revify",
+        "import revify; dir(revify), revify.Method(bits=2)",
+        "import revify.finetuning; revify.finetuning.Recipe(model='test_vit')",
+        *(f"main({words})" for words in (["--version"], ["--help"], ["finetune", "--help"], ["nonsense"])),
+    ],
+)
+def test_help_and_records_import_neither_torch_nor_numpy(action: str) -> None:
+    script = (
+        "import contextlib, io, sys\n"
+        "from importlib import import_module\n"
+        "def main(words):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        import_module('revify.cli').main(words)\n"
+        f"{action}\n"
+        "foreign = sorted({'torch', 'numpy', 'timm', 'accelerate', 'safetensors'} & sys.modules.keys())\n"
+        "own = sum(name.startswith('revify') for name in sys.modules)\n"
+        "print(foreign, own if own > 12 or len(sys.modules) > 400 else 'few')\n"
+    )
+    assert run(script) == "[] few"
 
 
 def test_public_names_are_there() -> None:
     assert sorted(revify.__all__) == revify.__all__
+    assert dir(revify) == revify.__all__
     for name in revify.__all__:
         assert hasattr(revify, name)
+    assert not hasattr(revify, "revertt")
     public = {"plan", "convert", "revert", "plain_backward", "Plan", "RevifyError", "save", "load", "measure"}
     assert public <= set(revify.__all__)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
+from typing import TYPE_CHECKING
 
 from revify.finetuning.results import Epoch, Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 
 class Progress:
@@ -48,13 +44,16 @@ class ConsoleProgress(Progress):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars: Bars | None = None
-        self._task = TaskID(0)
+        self._task: TaskID
         self._epochs = 0
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, form: str, first_epoch: int, epochs: int, steps: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
         self._epochs = epochs
         self._bars = Bars(
             TextColumn("{task.description:<13}"),

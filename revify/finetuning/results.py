@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
+from revify.printing import draw_table
+
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
@@ -86,27 +88,30 @@ class Result:
 
     def __str__(self) -> str:
         rival = next((o for o in self.outcomes if o.form == "checkpointed"), None)
-        lines = [f"{'':<14}{'peak MB':>10}{'ratio':>8}{'step s':>10}{'ratio':>8}{'accuracy':>11}{'epoch':>7}"]
-        for o in self.outcomes:
-            if o.accuracy is None:
-                lines.append(f"{o.form:<14}{'out of memory':>18}")
-                continue
-            cells = f"{'-':>10}{'-':>8}{'-':>10}{'-':>8}"
-            if o.peak_bytes is not None and o.step_seconds is not None:
-                memory = _ratio(o.peak_bytes, rival.peak_bytes if rival else None)
-                time = f"{o.time_ratio:.3f}" if o.time_ratio else "-"
-                cells = f"{o.peak_bytes / 1e6:>10.2f}{memory:>8}{o.step_seconds:>10.4f}{time:>8}"
-            lines.append(f"{o.form:<14}{cells}{o.accuracy:>11.2%}{o.best_epoch:>7}")
         how = "forward and backward, median, in turns on one batch" if rival else "median, with the update"
         notes = [
-            "",
             "peak MB: 10^6 bytes that one step allocates beside weights, gradients and optimizer state",
             f"step: {how}; accuracy: at the best epoch, {self.images} validation images",
             "reverted: the converted model's best weights in the plain model (plain.safetensors)",
         ]
         if rival:
-            notes.insert(3, "ratio: to checkpointed, which is the plain model with each block checkpointed")
-        return "\n".join(lines + notes)
+            notes.insert(2, "ratio: to checkpointed, which is the plain model with each block checkpointed")
+        return draw_table(
+            ("", ">peak MB", ">ratio", ">step s", ">ratio", ">accuracy", ">epoch"),
+            [(outcome.form, *_cells(outcome, rival)) for outcome in self.outcomes],
+            notes=notes,
+        )
+
+
+def _cells(outcome: Outcome, rival: Outcome | None) -> tuple[str, ...]:
+    if outcome.accuracy is None:
+        return ("out of memory",)
+    costs = ("-",) * 4
+    if outcome.peak_bytes is not None and outcome.step_seconds is not None:
+        memory = _ratio(outcome.peak_bytes, rival.peak_bytes if rival else None)
+        time = f"{outcome.time_ratio:.3f}" if outcome.time_ratio else "-"
+        costs = (f"{outcome.peak_bytes / 1e6:.2f}", memory, f"{outcome.step_seconds:.4f}", time)
+    return *costs, f"{outcome.accuracy:.2%}", str(outcome.best_epoch)
 
 
 def _ratio(value: float, rival: float | None) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from revify.printing import draw_table
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -44,31 +46,26 @@ class Report:
 
     def __str__(self) -> str:
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.batch)
-        lines = [
-            f"{self.model}, batch {shapes}, {self.dtype}; {self.device}, {self.threads} threads",
+        forms = {name: getattr(self, name) for name in ("plain", "checkpointed", "converted")}
+        return draw_table(
+            ("one training step", ">peak MB", ">ratio", ">held MB", ">step s", ">ratio"),
+            [(name, *_cells(row, self.checkpointed)) for name, row in forms.items()],
+            title=f"{self.model}, batch {shapes}, {self.dtype}; {self.device}, {self.threads} threads\n"
             f"torch {self.torch}, timm {self.timm}, revify {self.revify}",
-            "",
-            f"{'one training step':<18}{'peak MB':>10}{'ratio':>8}{'held MB':>10}{'step s':>10}{'ratio':>8}",
-        ]
-        rival = self.checkpointed
-        for name in ("plain", "checkpointed", "converted"):
-            row: Row = getattr(self, name)
-            if row.peak_bytes is None or row.held_bytes is None or row.step_seconds is None:
-                lines.append(f"{name:<18}{'out of memory':>18}")
-                continue
-            memory = f"{row.peak_bytes / rival.peak_bytes:.3f}" if rival.peak_bytes else "-"
-            speed = f"{row.time_ratio:.3f}" if row.time_ratio else "-"
-            lines.append(
-                f"{name:<18}{row.peak_bytes / 1e6:>10.2f}{memory:>8}{row.held_bytes / 1e6:>10.2f}"
-                f"{row.step_seconds:>10.4f}{speed:>8}"
-            )
-        lines += [
-            "",
-            f"checkpointed: {self.checkpointed.how}; converted: {self.converted.how}",
-            "MB: 10^6 bytes above what was allocated before the step; held: between forward and backward",
-            f"step: median of {self.repeats} alternating runs; ratio: to checkpointed",
-        ]
-        return "\n".join(lines)
+            notes=(
+                f"checkpointed: {self.checkpointed.how}; converted: {self.converted.how}",
+                "MB: 10^6 bytes above what was allocated before the step; held: between forward and backward",
+                f"step: median of {self.repeats} alternating runs; ratio: to checkpointed",
+            ),
+        )
+
+
+def _cells(row: Row, rival: Row) -> tuple[str, ...]:
+    if row.peak_bytes is None or row.held_bytes is None or row.step_seconds is None:
+        return ("out of memory",)
+    memory = f"{row.peak_bytes / rival.peak_bytes:.3f}" if rival.peak_bytes else "-"
+    time = f"{row.time_ratio:.3f}" if row.time_ratio else "-"
+    return f"{row.peak_bytes / 1e6:.2f}", memory, f"{row.held_bytes / 1e6:.2f}", f"{row.step_seconds:.4f}", time
 
 
 def describe(device: torch.device) -> str:

@@ -223,7 +223,7 @@ def test_compare_trains_all_forms_alike(images: Path, tmp_path: Path) -> None:
     peaks = [result.outcome(form).peak_bytes for form in ("converted", "checkpointed", "plain")]
     assert peaks == sorted(peaks, key=lambda peak: peak or 0)
     assert peaks[0] != peaks[2]
-    assert [line.split()[0] for line in str(result).splitlines()[1:5]] == [o.form for o in result.outcomes]
+    assert [line.split()[0] for line in str(result).splitlines()[2:6]] == [o.form for o in result.outcomes]
 
 
 def test_it_learns(images: Path, tmp_path: Path) -> None:
