@@ -10,7 +10,7 @@ what cannot be lifted is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from revify.reading.segments import BranchCode, find_branches
 from revify.reading.tracing import Example, Trace, call_with, run_copy
 from revify.rewriting.branches import Branch, chain_rule, make_branches
 from revify.rewriting.cutting import apply_cuts
+from revify.runtime.arguments import with_stream
 from revify.runtime.grid import Grid
 from revify.runtime.halves import ChainRule
 
@@ -51,11 +52,17 @@ def split_stages(
     name = coupling_name(formula)
     inputs = {call.path: tuple(i.argument for i in call.inputs) for call in observation.calls}
     tied = _tied(model)
+    found = {
+        b.path: find_branches(model.get_submodule(b.path), b.stream, inputs[b.path])
+        for stage in plan.stages
+        for b in stage.blocks
+    }
+    running = _running(found, model, example)
     stages: list[StagePlan] = []
     orders: list[tuple[Turn, ...]] = []
     refusals = list(plan.refusals)
     for stage in plan.stages:
-        codes = {b.path: find_branches(model.get_submodule(b.path), b.stream, inputs[b.path]) for b in stage.blocks}
+        codes = {b.path: found[b.path] if b.path in running else () for b in stage.blocks}
         refused = list(_refusals(stage, codes))
         if refused:
             refusals += refused
@@ -70,6 +77,39 @@ def split_stages(
     grids = [plan.grid_of(stage) for stage in stages]
     proven = _proven(stages, model, example, orders, grids) if stages else ()
     return replace(plan, stages=proven, refusals=tuple(refusals), couplings=() if formula in SHIPPED else (formula,))
+
+
+def _running(codes: Mapping[str, tuple[BranchCode, ...]], model: nn.Module, example: Example) -> set[str]:
+    """The paths of the blocks whose branches, told apart, run at full width on what the blocks are called with."""
+
+    def work(copied: nn.Module, given: Example) -> set[str]:
+        trials = {path: _CodeTrial(copied.get_submodule(path), code) for path, code in codes.items() if code}
+        for trial in trials.values():
+            trial.block.forward = trial
+        call_with(copied, given)
+        return {path for path, trial in trials.items() if trial.runs}
+
+    return run_copy(model, example, work) if any(codes.values()) else set()
+
+
+@dataclass(slots=True)
+class _CodeTrial:
+    """Stands in for the forward of a block, and runs its branches beside it."""
+
+    block: nn.Module
+    codes: tuple[BranchCode, ...]
+    runs: bool = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stream = self.codes[0].run.stream
+        x = args[stream] if isinstance(stream, int) else kwargs[stream]
+        for code in self.codes:
+            try:
+                given, named = with_stream(stream, x.clone(), args, kwargs)
+                self.runs &= code.run(self.block, *given, **named).shape == x.shape
+            except Exception:  # an argument that is no longer its default, code that asks for more: the block stays whole
+                self.runs = False
+        return type(self.block).forward(self.block, *args, **kwargs)
 
 
 def _refusals(stage: StagePlan, codes: dict[str, tuple[BranchCode, ...]]) -> Iterator[Refusal]:
