@@ -107,7 +107,7 @@ class _CodeTrial:
             try:
                 given, named = with_stream(stream, x.clone(), args, kwargs)
                 self.runs &= code.run(self.block, *given, **named).shape == x.shape
-            except Exception:  # an argument that is no longer its default, code that asks for more: the block stays whole
+            except Exception:  # for example an argument that is not its default: the block stays whole
                 self.runs = False
         return type(self.block).forward(self.block, *args, **kwargs)
 
