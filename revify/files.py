@@ -35,7 +35,7 @@ from revify.writing import replacing
 
 FORMAT = "revify"
 FORMAT_VERSION = 1
-PREDICTORS_FORMAT = "revify predictors"
+PREDICTORS_FORMAT = "revify predictors 1"
 _DIGITS = 16  # of the hash, in the name of the predictors' file
 _SIDECAR = re.compile(r"[^/\\\0]+\.predictors-[0-9a-f]{16}\.safetensors")
 
@@ -163,7 +163,7 @@ def write(
 
 def _write_predictors(path: Path, predictors: dict[str, Tensor]) -> Sidecar:
     """The file's name holds its hash: files of other predictors do not get in each other's way."""
-    data = serialized(predictors, {"format": PREDICTORS_FORMAT, "format_version": str(FORMAT_VERSION)})
+    data = serialized(predictors, {"format": PREDICTORS_FORMAT})  # the order of more entries would be random
     digest = hashlib.sha256(data).hexdigest()
     sidecar = Sidecar(f"{path.stem}.predictors-{digest[:_DIGITS]}.safetensors", digest)
     with replacing(path.with_name(sidecar.file)) as temporary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -33,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is there, and is no ordinary file")
     _sweep(path)
-    temporary = path.with_name(f".{path.name[:_LONGEST]}.{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    temporary = _beside(path)
     try:
         with open(temporary, "xb") as created:
             mode = stat.S_IMODE(os.fstat(created.fileno()).st_mode)  # as the umask grants
@@ -59,6 +60,43 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def place(source: Path, target: Path) -> None:
+    """Let a whole file that does not change any more be at a second place, too: as a link where that works, else a copy.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    if target.exists() and os.path.samefile(source, target):
+        return
+    _sweep(target)
+    temporary = _beside(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # the file system has no links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_all(folder: Path) -> None:
+    """Put everything in a folder on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb+") as written:
+                os.fsync(written.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in a folder on the disk, where folders can be opened."""
     with suppress(OSError):  # the files are there and whole; only a power cut in the next seconds could undo a name
@@ -67,6 +105,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else uses, from which `_sweep` knows what it was for and who wrote it."""
+    return path.with_name(f".{path.name[:_LONGEST]}.{os.getpid()}-{uuid.uuid4().hex}.tmp")
 
 
 def _sweep(path: Path) -> None:

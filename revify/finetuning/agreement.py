@@ -13,6 +13,7 @@ from revify.calibration.calibrating import deviation
 from revify.calibration.walking import first_of
 from revify.errors import RevifyError
 from revify.finetuning.data import ImageData, Images
+from revify.finetuning.modes import evaluating
 
 HELD_OUT = 256  # images at most on which agreement is measured
 _TOGETHER = 32
@@ -61,16 +62,10 @@ def agreement(
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    modes = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), images.device)
-    try:
-        model.eval()
-        with torch.no_grad():
-            parts = images.to(device).split(_TOGETHER)  # type: ignore[no-untyped-call]
-            return torch.cat([first_of(model(part)) for part in parts])
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        parts = images.to(device).split(_TOGETHER)  # type: ignore[no-untyped-call]
+        return torch.cat([first_of(model(part)) for part in parts])
 
 
 def _prepared(

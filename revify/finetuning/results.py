@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 from revify.printing import draw_table
+from revify.writing import replacing, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +124,6 @@ def best_epoch(history: Sequence[Epoch]) -> Epoch:
     return max(latest, key=lambda epoch: (epoch.val_accuracy, -epoch.epoch))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_metrics(folder: Path, title: str, epochs: Sequence[Epoch]) -> None:
     """Write metrics.csv, a row an epoch, and metrics.png, loss and accuracy over the epochs."""
     text = io.StringIO(newline="")
@@ -162,6 +155,5 @@ def _plot(path: Path, title: str, epochs: Sequence[Epoch]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

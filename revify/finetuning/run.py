@@ -4,9 +4,10 @@
            ─create────▶ plain model ─convert─▶ converted ─train─▶ best weights ─revert─▶ plain.safetensors
                               └── with compare: train plain and checkpointed too, from the same weights
 
-All that is written is in `recipe.out`, after every epoch:
+All that is written is in `recipe.out`, after every epoch, and all of an epoch or none of it (see states.py):
 
-    best.safetensors  last.safetensors   the converted model, for revify.load; best by validation accuracy
+    best.safetensors  last.safetensors   the converted model, for revify.load; best by validation accuracy; where predictors
+                                         were fitted, each has a file of them beside it
     plain.safetensors                    the best weights in the plain model, for timm's checkpoint_path=
     metrics.csv  metrics.png             an entry for every epoch
     recipe.json  result.json             what was asked for, and what came out
@@ -17,19 +18,16 @@ All that is written is in `recipe.out`, after every epoch:
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -37,18 +35,20 @@ from torch.nn.functional import cross_entropy
 from revify.calibration.calibrating import calibrate
 from revify.conversion import convert, revert
 from revify.errors import RevifyError
+from revify.finetuning.accelerating import accelerating
 from revify.finetuning.agreement import agreement, calibration_images
 from revify.finetuning.data import ImageData, make_loaders, open_data
 from revify.finetuning.progress import Progress
 from revify.finetuning.recipe import Recipe
-from revify.finetuning.results import Epoch, Outcome, Result, best_epoch, write_text
-from revify.finetuning.states import states, telling_disk_errors
+from revify.finetuning.results import Epoch, Outcome, Result, best_epoch
+from revify.finetuning.states import RECIPE, running, states, telling_disk_errors
 from revify.finetuning.timm_models import Architecture, Created, create
 from revify.finetuning.training import Form, evaluate, sample_batch, train
 from revify.measuring.measuring import checkpoint_blocks, measure
 from revify.plans import Plan
 from revify.rewriting.applying import change_bits, copy_forecasts
 from revify.saving import load, save
+from revify.writing import replacing, write_text
 
 _WEIGHTS = ("best.safetensors", "last.safetensors", "plain.safetensors")
 _REPEATS = 7  # timed steps of each form, in turns
@@ -81,63 +81,78 @@ def finetune(recipe: Recipe, progress: Progress | None = None) -> Result:
     """
     out = Path(recipe.out)
     _check_folder(out, recipe)
-    with _accelerating(recipe) as accelerator:
+    with accelerating(recipe) as accelerator:
         progress = progress if progress and accelerator.is_main_process else Progress()
         set_seed(recipe.seed)
         created, data = _open(recipe, progress)
         converted = _convert(created, data, recipe, progress)
         accelerator.wait_for_everyone()  # nobody writes before everybody has checked
 
-        form = Form(
-            "converted",
-            converted,
-            out,
-            lambda model, path: save(model, path, created.record),
-            partial(_change, converted, created, data, recipe, progress),
-        )
-        training = partial(
-            _train, recipe=recipe, data=data, created=created, accelerator=accelerator, progress=progress
-        )
-        own, history = training(form)
-        if not history:
-            raise RevifyError(
-                f"{recipe.model} converted does not fit into the device's memory with batches of "
-                f"{recipe.batch_size}: lower the batch size (and raise grad_accum by the same factor), the "
-                "image size, or the number of bits."
-            )
-        outcomes = [own]
-        if recipe.compare:
-            rivals = [training(rival)[0] for rival in _rivals(created, converted, out)]
-            outcomes = _measure([*rivals, own], converted, data, recipe, accelerator)
-        outcomes.append(_revert(created, recipe, data, accelerator, history))
-
-        result = Result(out, len(data.validation), tuple(outcomes), history)
-        if accelerator.is_main_process:
-            with telling_disk_errors(out):
-                write_text(out / "result.json", result.to_json())
+        with running(out, recipe.to_json(), accelerator):
+            result = _run(created, converted, data, recipe, accelerator, progress)
         progress.finish(result)
         accelerator.wait_for_everyone()
         return result
 
 
+def _run(
+    created: Created,
+    converted: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> Result:
+    """Train all forms that are asked for, and write what came out."""
+    out = Path(recipe.out)
+    form = Form(
+        "converted",
+        converted,
+        out,
+        lambda model, path: save(model, path, created.record),
+        partial(_change, converted, created, data, recipe, progress),
+    )
+    training = partial(_train, recipe=recipe, data=data, created=created, accelerator=accelerator, progress=progress)
+    own, history = training(form)
+    if not history:
+        raise RevifyError(
+            f"{recipe.model} converted does not fit into the device's memory with batches of "
+            f"{recipe.batch_size}: lower the batch size (and raise grad_accum by the same factor), the "
+            "image size, or the number of bits."
+        )
+    outcomes = [own]
+    if recipe.compare:
+        rivals = [training(rival)[0] for rival in _rivals(created, converted, out)]
+        outcomes = _measure([*rivals, own], converted, data, recipe, accelerator)
+    outcomes.append(_revert(created, recipe, data, accelerator, history))
+    result = Result(out, len(data.validation), tuple(outcomes), history)
+    if accelerator.is_main_process:
+        with telling_disk_errors(out):
+            write_text(out / "result.json", result.to_json())
+    return result
+
+
 def _check_folder(out: Path, recipe: Recipe) -> None:
     """Neither start over what is there, nor go on from what is not, nor train for what cannot be written."""
     if not recipe.resume:
-        there = [str(path) for path in states(out)] + [name for name in _WEIGHTS if (out / name).exists()]
-        if there:
-            raise RevifyError(f"{out} holds a run already ({there[0]}): resume it, or give another folder.")
+        if found := states(out):
+            raise RevifyError(f"{out} holds a run already ({found[-1]}): resume it, or give another folder.")
+        if there := [name for name in _WEIGHTS if (out / name).exists()]:
+            raise RevifyError(
+                f"{out} holds {there[0]}, but no state from which its run could be resumed: move it away, or give another "
+                "folder."
+            )
         parent = next(path for path in (out, *out.absolute().parents) if path.exists())
         try:
             tempfile.TemporaryDirectory(dir=parent).cleanup()
         except OSError as error:
             raise RevifyError(f"the folder {out} cannot be written ({error}): give another one.") from error
         return
-    if not states(out):
+    stored = out / RECIPE
+    if not states(out) and not stored.exists():
         raise RevifyError(
-            f"there is nothing to resume in {out}: it holds no state of a finished epoch. Give the folder of "
-            "a run, or start without resume."
+            f"there is nothing to resume in {out}: it holds no run. Give the folder of a run, or start without resume."
         )
-    stored = out / "recipe.json"
     try:
         differences = recipe.differences(stored.read_text(encoding="utf-8"))
     except (OSError, ValueError, AttributeError) as error:
@@ -147,37 +162,6 @@ def _check_folder(out: Path, recipe: Recipe) -> None:
             f"resuming {out} with another recipe would not continue its run: {'; '.join(differences)}. Give "
             "the same options (only the number of epochs and compare may change), or start in another folder."
         )
-
-
-@contextmanager
-def _accelerating(recipe: Recipe) -> Iterator[Accelerator]:
-    """An Accelerator for this run, whose global state goes with it if it came with it."""
-    first = not PartialState._shared_state
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else processes of torchrun would not see each other
-            mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.grad_accum,
-            step_scheduler_with_optimizer=False,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
-        )
-    except ValueError as error:
-        raise RevifyError(
-            f"Accelerate cannot run with mixed precision {recipe.mixed_precision!r} here: {error} "
-            "Use bf16, or no mixed precision."
-        ) from error
-    try:
-        if recipe.mixed_precision != "no" and not accelerator.native_amp:  # it would use float32
-            raise RevifyError(
-                f"mixed precision {recipe.mixed_precision} does not work on this device "
-                f"({accelerator.device}): use bf16, or none."
-            )
-        yield accelerator
-    finally:
-        accelerator.end_training()
-        if first:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
 
 
 def _open(recipe: Recipe, progress: Progress) -> tuple[Created, ImageData]:
@@ -291,10 +275,9 @@ def _revert(
     plain = revert(load(out / "best.safetensors", created.model))
     if accelerator.is_main_process:
         with telling_disk_errors(out):
-            temporary = out / ".plain.safetensors.tmp"
             state = {name: value.cpu().clone().contiguous() for name, value in plain.state_dict().items()}
-            save_file(state, temporary, {"format": "pt"})  # clones: safetensors refuses memory that is shared
-            os.replace(temporary, out / "plain.safetensors")
+            with replacing(out / "plain.safetensors") as temporary:
+                save_file(state, temporary, {"format": "pt"})  # clones: safetensors refuses memory that is shared
     _, validation = make_loaders(data, recipe, plain, created.input_size)
     _, accuracy = evaluate(plain.to(accelerator.device), accelerator.prepare(validation), accelerator)
     return Outcome("reverted", accuracy, best_epoch(history).epoch, None, None)

@@ -27,11 +27,13 @@ from torch.utils.data import DataLoader
 
 from revify.errors import RevifyError
 from revify.finetuning.data import ImageData, make_loaders
+from revify.finetuning.modes import evaluating
 from revify.finetuning.progress import Progress
 from revify.finetuning.recipe import Recipe
-from revify.finetuning.results import Epoch, best_epoch, write_metrics, write_text
-from revify.finetuning.states import load_state, save_state, telling_disk_errors
+from revify.finetuning.results import Epoch, best_epoch, write_metrics
+from revify.finetuning.states import load_state, publish, save_state, telling_disk_errors
 from revify.measuring.memory import count_memory, wait
+from revify.writing import place
 
 _SEEDS_PER_EPOCH = 10_007  # more than there are processes, each of which adds its number
 
@@ -109,6 +111,10 @@ def train(
     run = _prepare(form, recipe, data, input_size, accelerator)
     try:
         history = load_state(form.folder, accelerator)
+        if accelerator.is_main_process:
+            with telling_disk_errors(form.folder):
+                publish(form.folder)
+        accelerator.wait_for_everyone()
         progress.start(form.name, len(history), recipe.epochs, len(run.train))
         if run.schedule:
             run.schedule.step_update(len(history) * run.updates)
@@ -123,7 +129,7 @@ def train(
             loss, accuracy = evaluate(run.model, run.validation, accelerator)
             seconds, peak = done.step_seconds, run.peak_bytes
             history.append(Epoch(epoch + 1, done.lr, done.loss, done.accuracy, loss, accuracy, seconds, peak, phase))
-            _write(form, recipe, history, accelerator)
+            _write(form, history, accelerator)
             progress.epoch(form.name, history[-1])
     finally:
         progress.stop()
@@ -133,18 +139,15 @@ def train(
 
 
 def evaluate(model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy over all processes' images; the model's mode stays as it was."""
-    training = model.training
-    model.eval()
+    """Mean cross-entropy and accuracy over all processes' images; the modes of all modules stay as they were."""
     losses, hits = [], []
-    with torch.no_grad(), accelerator.autocast():
+    with evaluating(model), torch.no_grad(), accelerator.autocast():
         for images, targets in _batches(loader):
             output = model(images).float()
             found = cross_entropy(output, targets, reduction="none"), output.argmax(1) == targets
             loss, hit = accelerator.gather_for_metrics(found)
             losses.append(loss)
             hits.append(hit)
-    model.train(training)
     return torch.cat(losses).mean().item(), torch.cat(hits).float().mean().item()
 
 
@@ -261,16 +264,18 @@ def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
         raise RevifyError(str(error).rpartition("RevifyError: ")[2].strip()) from error
 
 
-def _write(form: Form, recipe: Recipe, history: list[Epoch], accelerator: Accelerator) -> None:
-    """Weights, metrics and state of a finished epoch; the state last, since it is what a resume believes."""
-    last, best = history[-1], best_epoch(history)
+def _write(form: Form, history: list[Epoch], accelerator: Accelerator) -> None:
+    """Weights, metrics and state of a finished epoch, all of them or none."""
+
+    def show(to: Path, before: Path) -> None:
+        if form.save:
+            form.save(form.model, to / "last.safetensors")
+            if history[-1] is best_epoch(history):
+                form.save(form.model, to / "best.safetensors")
+            else:
+                for kept in before.glob("best.*safetensors"):
+                    place(kept, to / kept.name)
+        write_metrics(to, form.name, history)
+
     with telling_disk_errors(form.folder):
-        if accelerator.is_main_process:
-            form.folder.mkdir(parents=True, exist_ok=True)
-            if form.save:
-                form.save(form.model, form.folder / "last.safetensors")
-                if last is best:
-                    form.save(form.model, form.folder / "best.safetensors")
-            write_metrics(form.folder, form.name, history)
-            write_text(form.folder / "recipe.json", recipe.to_json())
-        save_state(form.folder, history, accelerator)
+        save_state(form.folder, history, accelerator, show)

@@ -71,7 +71,9 @@ def recipe(images: Path, out: Path, **changes: Any) -> Recipe:
 
 
 def weights(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "last.safetensors")
+    """Of the last epoch, with the predictors that lie beside them."""
+    files = [out / "last.safetensors", *out.glob("last.predictors-*.safetensors")]
+    return {name: value for file in files for name, value in load_file(file).items()}
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -392,6 +394,10 @@ def test_nothing_to_resume(images: Path, tmp_path: Path) -> None:
     with pytest.raises(RevifyError, match="nothing to resume"):
         finetune(recipe(images, tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").touch()
+    with pytest.raises(RevifyError, match="no state from which its run could be resumed: move it away"):
+        finetune(recipe(images, tmp_path / "run"))
 
 
 def test_a_full_disk_leaves_the_epoch_before(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
