@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_finetuning import assert_equal, recipe, weights, write_images
 from torch import nn
@@ -20,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import revify
 from revify.errors import RevifyError
-from revify.finetuning import finetune
+from revify.finetuning import Recipe, finetune
+from revify.finetuning.accelerating import accelerating
 from revify.finetuning.training import evaluate
 
 CALIBRATED: dict[str, Any] = {"calibrate": 4, "predictor": "diagonal", "bits": 1, "img_size": 8}
@@ -171,5 +171,6 @@ def test_evaluate_leaves_every_module_in_its_own_mode() -> None:
     model[2][0].eval()
     before = {name: module.training for name, module in model.named_modules()}
     loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.zeros(6, dtype=torch.long)), batch_size=3)
-    evaluate(model, loader, Accelerator(cpu=True))
+    with accelerating(Recipe(model="test_vit")) as accelerator:
+        evaluate(model, loader, accelerator)
     assert {name: module.training for name, module in model.named_modules()} == before
