@@ -17,10 +17,10 @@ _COUPLING = re.compile(r"[\w.<>]+(:[\w.<>]+)?")
 
 def block_faults(block: BlockPlan) -> Iterator[str]:
     """Faults of one block."""
-    if block.branches and block.halves:
-        yield "a block is cut into branches or split into halves, not both"
-    if len(block.branches) == 1:
-        yield "a block with one branch is one step, so its branches are not listed"
+    if block.branch_bytes and block.split_branches:
+        yield "a block is cut into branches, or split into branches of half the channels, not both"
+    if len(block.branch_bytes) == 1:
+        yield "a block with one branch is one step, so the bytes of its branches are not listed"
 
 
 def stage_faults(stage: StagePlan) -> Iterator[str]:
@@ -30,8 +30,8 @@ def stage_faults(stage: StagePlan) -> Iterator[str]:
     split = bool(stage.coupling)
     if split and not _COUPLING.fullmatch(stage.coupling):
         yield "its coupling is no name, and no module:name"
-    if any(bool(block.halves) is not split for block in stage.blocks):
-        yield "every block of a stage has halves if the stage has a coupling, and none if it has not"
+    if any(bool(block.split_branches) is not split for block in stage.blocks):
+        yield "every block of a stage has split branches if the stage has a coupling, and none if it has not"
     if split is not (stage.predictor == "–"):
         yield 'a stage has a predictor, or a coupling and the predictor "–"'
     if stage.axis is not None and stage.axis >= len(stage.shape):

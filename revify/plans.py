@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 
 from revify.couplings.formulas import Formula
 from revify.errors import RevifyError
+from revify.old_plans import as_written_now
 from revify.plan_faults import block_faults, plan_faults, stage_faults
 from revify.reading.roles import Shortcut
 from revify.records import STORED, Among, FaultError, Prose, Range, parse, plain, read, shown
@@ -100,10 +101,10 @@ class BlockPlan:
         stream: which of its arguments is the stream, a position or a keyword.
         shortcut: identity, scaled, post-activation or post-norm.
         saved_bytes: what autograd saves within it.
-        branches: what autograd saves in each of the parts into which it is cut; empty where it is one step.
-        inputs: where it is cut, which of its arguments are tensors.
+        branch_bytes: what autograd saves in each of its residual branches, if each of them is a step; else empty.
+        inputs: which of its arguments are tensors, if its branches are run one by one.
         result: which of several results is the stream, None where the block returns one tensor.
-        halves: where the stage is split into two streams, its branches.
+        split_branches: its residual branches, if the stage runs on two streams of half the channels; else empty.
         bits: residue bits per element of each of its steps, None where they are those of the stage.
     """
 
@@ -112,10 +113,10 @@ class BlockPlan:
     stream: Argument
     shortcut: Annotated[str, Among(tuple(Shortcut))]
     saved_bytes: Bytes
-    branches: tuple[Bytes, ...] = ()
+    branch_bytes: tuple[Bytes, ...] = ()
     inputs: tuple[Argument, ...] = ()
     result: Annotated[int, Range(0, 255)] | None = None
-    halves: tuple[BranchPlan, ...] = ()
+    split_branches: tuple[BranchPlan, ...] = ()
     bits: Bits | None = None
 
     def faults(self) -> Iterator[str]:
@@ -125,11 +126,8 @@ class BlockPlan:
     @property
     def steps(self) -> tuple[str, ...]:
         """The names of its steps."""
-        if len(self.halves) > 1:
-            return tuple(f"{self.path}, branch {number}" for number in range(len(self.halves)))
-        if not self.branches:
-            return (self.path,)
-        return tuple(f"{self.path}, branch {number}" for number in range(len(self.branches)))
+        count = max(len(self.split_branches), len(self.branch_bytes))
+        return tuple(f"{self.path}, branch {number}" for number in range(count)) if count > 1 else (self.path,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +207,8 @@ class StagePlan:
     def largest_block_bytes(self) -> int:
         """What one step saves at most while it runs again."""
         if self.coupling:
-            return max(branch.saved_bytes for block in self.blocks for branch in block.halves)
-        return max(max(block.branches, default=block.saved_bytes) for block in self.blocks)
+            return max(branch.saved_bytes for block in self.blocks for branch in block.split_branches)
+        return max(max(block.branch_bytes, default=block.saved_bytes) for block in self.blocks)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -291,7 +289,7 @@ class Plan:
     @property
     def is_cut(self) -> bool:
         """Whether any block is cut into branches."""
-        return any(block.branches for stage in self.stages for block in stage.blocks)
+        return any(block.branch_bytes for stage in self.stages for block in stage.blocks)
 
     @property
     def is_split(self) -> bool:
@@ -338,25 +336,10 @@ class Plan:
                 f"this plan has format {shown(version)}; this revify reads format {FORMAT}: install a newer revify."
             )
         try:
-            plan: Plan = read(cls, _as_written_now(fields))
+            plan: Plan = read(cls, as_written_now(fields))
         except FaultError as error:
             raise RevifyError(f"this revify plan is damaged ({error}): write it again with Plan.to_json().") from error
         return replace(plan, couplings=tuple(couplings))
 
     def __str__(self) -> str:
         return draw_plan(self)
-
-
-def _as_written_now(fields: dict[str, Any]) -> dict[str, Any]:
-    """A plan as it was written before there was more than one sign of γ, as it is written now."""
-    stages = fields.get("stages")
-    if not isinstance(stages, list):
-        return fields
-    return {**fields, "stages": [_with_sign(stage) if isinstance(stage, dict) else stage for stage in stages]}
-
-
-def _with_sign(stage: dict[str, Any]) -> dict[str, Any]:
-    stage = dict(stage)
-    if "random_sign" in stage:
-        stage["sign"] = "random" if stage.pop("random_sign") else "positive"
-    return stage

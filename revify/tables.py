@@ -35,7 +35,7 @@ def _row(number: int, stage: StagePlan, plan: Plan) -> tuple[str, ...]:
     first, last = stage.blocks[0], stage.blocks[-1]
     cut = f", {len(stage.steps)} branches" if len(stage.steps) > len(stage.blocks) else ""
     if stage.coupling:
-        ways = Counter(half.how for block in stage.blocks for half in block.halves)
+        ways = Counter(half.how for block in stage.blocks for half in block.split_branches)
         cut = f", branches: {', '.join(f'{count} {way}' for way, count in ways.items())}"
     forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{SIGNS[stage.sign]}"
     return (

@@ -39,7 +39,7 @@ def cut_blocks(plan: Plan, model: nn.Module, example: Example, observation: Obse
     def with_branches(block: BlockPlan) -> BlockPlan:
         if block.path not in proven:
             return block
-        return replace(block, branches=_saved(block, cut[block.path], observation), inputs=inputs[block.path])
+        return replace(block, branch_bytes=_saved(block, cut[block.path], observation), inputs=inputs[block.path])
 
     def with_blocks(stage: StagePlan) -> StagePlan:
         return replace(stage, blocks=tuple(map(with_branches, stage.blocks)))

@@ -144,14 +144,14 @@ def _first_plan(
     for block in stage.blocks:
         own = [next(rest) for _ in codes[block.path] or (None,)]
         if not codes[block.path]:
-            blocks.append(replace(block, halves=(BranchPlan(WHOLE, (), block.saved_bytes),)))
+            blocks.append(replace(block, split_branches=(BranchPlan(WHOLE, (), block.saved_bytes),)))
             continue
         halves: list[BranchPlan] = []
         for cuts in _cuts(block, own, graph, stage.shape[stage.axis]):
             clash = any(_clash(cut, other) for cut in cuts or () for half in halves for other in half.cuts)
             outside = any(f"{block.path}.{cut.path}" in tied for cut in cuts or ())
             halves.append(BranchPlan(LIFTED if cuts is None or clash or outside else CUT, cuts or (), 0))
-        blocks.append(replace(block, halves=tuple(h if h.how == CUT else replace(h, cuts=()) for h in halves)))
+        blocks.append(replace(block, split_branches=tuple(h if h.how == CUT else replace(h, cuts=()) for h in halves)))
     return replace(stage, blocks=tuple(blocks))
 
 
@@ -191,7 +191,7 @@ def _proven(
             rest, rule = iter(order), chain_rule(stage, order, grid)
             trials.append([])
             for index, block in enumerate(stage.blocks):
-                own = tuple(next(rest) for _ in block.halves)
+                own = tuple(next(rest) for _ in block.split_branches)
                 trial = _Trial(copied.get_submodule(block.path), block, rule, index, own)
                 trial.block.forward = trial
                 trials[-1].append(trial)
@@ -216,23 +216,23 @@ class _Trial:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stream = self.plan.stream
         x = args[stream] if isinstance(stream, int) else kwargs[stream]
-        for number, half in enumerate(self.plan.halves):
+        for number, half in enumerate(self.plan.split_branches):
             saved = self._saved(number, x, args, kwargs)
             if saved is None and half.how == CUT:
                 self._set(number, BranchPlan(LIFTED, (), 0))
                 saved = self._saved(number, x, args, kwargs)
-            self._set(number, replace(self.plan.halves[number], saved_bytes=saved or self.plan.saved_bytes))
+            self._set(number, replace(self.plan.split_branches[number], saved_bytes=saved or self.plan.saved_bytes))
         return type(self.block).forward(self.block, *args, **kwargs)
 
     def _set(self, number: int, half: BranchPlan) -> None:
-        halves = self.plan.halves
-        self.plan = replace(self.plan, halves=(*halves[:number], half, *halves[number + 1 :]))
+        halves = self.plan.split_branches
+        self.plan = replace(self.plan, split_branches=(*halves[:number], half, *halves[number + 1 :]))
 
     def _saved(self, number: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """What autograd saves in a branch, None where it does not give the right half."""
         block = copy.deepcopy(self.block)
         block.__dict__.pop("forward", None)
-        cuts = [cut for half in self.plan.halves for cut in half.cuts]
+        cuts = [cut for half in self.plan.split_branches for cut in half.cuts]
         try:
             apply_cuts(block, tuple(cuts), self.rule.channels)
             branch = make_branches(block, self.plan, self.rule, self.index, self.turns)[number]

@@ -157,8 +157,8 @@ def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
     rest = iter(order)
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)
-        apply_cuts(module, tuple(cut for half in block.halves for cut in half.cuts), channels)
-        own = tuple(next(rest) for _ in block.halves)
+        apply_cuts(module, tuple(cut for half in block.split_branches for cut in half.cuts), channels)
+        own = tuple(next(rest) for _ in block.split_branches)
         branches = make_branches(module, block, rule, index, own)
         module.forward = Chained(module, rule, index, branches, block.stream)
 
@@ -184,12 +184,12 @@ class Steps:
 
 def _transforms(module: nn.Module, block: BlockPlan) -> tuple[Segment | None, ...]:
     """What the steps of a block compute; None for its whole forward."""
-    if not block.branches:
+    if not block.branch_bytes:
         return (None,)
     segments = find_segments(module, block.stream, block.inputs)
-    if len(segments) != len(block.branches):
+    if len(segments) != len(block.branch_bytes):
         raise RefusalError(
-            f"the plan cuts {block.path} into {len(block.branches)} branches, but its forward has {len(segments)}. The "
+            f"the plan cuts {block.path} into {len(block.branch_bytes)} branches, but its forward has {len(segments)}. The "
             "plan was made for another version of this block: make one with revify.plan(model)."
         )
     return segments

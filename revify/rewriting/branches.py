@@ -110,14 +110,14 @@ def make_branches(
         RefusalError: the block has other branches than when it was planned.
     """
     codes = find_branches(block, plan.stream, plan.inputs)
-    whole = [half.how == WHOLE for half in plan.halves]
-    if not any(whole) and len(codes) != len(plan.halves):
+    whole = [half.how == WHOLE for half in plan.split_branches]
+    if not any(whole) and len(codes) != len(plan.split_branches):
         raise RefusalError(
-            f"the plan gives {plan.path} {len(plan.halves)} branches, but its forward has {len(codes)}. The plan was made "
-            "for another version of this block: make one with revify.plan(model)."
+            f"the plan gives {plan.path} {len(plan.split_branches)} branches, but its forward has {len(codes)}. The plan "
+            "was made for another version of this block: make one with revify.plan(model)."
         )
     branches = []
-    for number, (half, turn) in enumerate(zip(plan.halves, order, strict=True)):
+    for number, (half, turn) in enumerate(zip(plan.split_branches, order, strict=True)):
         scale = ""
         if turn.results > 1:
             part = half_range(turn.gives, rule.channels)

@@ -31,7 +31,7 @@ def test_gradients_are_those_of_autograd_bit_for_bit(
     model = cut(block, bits=bits, predictor=predictor)
     stage = model.revify_plan.stages[0]
     assert len(stage.steps) == (9 if block is Three else 6)
-    assert all(sum(b.branches) == b.saved_bytes and min(b.branches) > 0 for b in stage.blocks)
+    assert all(sum(b.branch_bytes) == b.saved_bytes and min(b.branch_bytes) > 0 for b in stage.blocks)
     found = assert_same_gradients(model, inputs_of(model), autocast=autocast)
     if block is Normed:
         assert found["buffer blocks.1.norm.num_batches_tracked"] == 1

@@ -42,7 +42,7 @@ def split(kind: Callable[[], nn.Module], coupling: Formula = additive, **options
 
 
 def ways(model: nn.Module) -> list[str]:
-    return [half.how for stage in model.revify_plan.stages for block in stage.blocks for half in block.halves]
+    return [half.how for stage in model.revify_plan.stages for block in stage.blocks for half in block.split_branches]
 
 
 SPLITTABLE = [kind for kind in zoo.CONVERTIBLE if kind not in (*REFUSED, zoo.ScaledSkip)]
@@ -135,7 +135,7 @@ def test_attention_that_ties_its_width_is_lifted() -> None:
     torch.manual_seed(0)
     model = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32)
     plan = revify.plan(model, torch.randn(1, 3, 32, 32), streams="split")
-    assert [half.how for block in plan.stages[0].blocks for half in block.halves] == ["lifted", "cut"] * 2
+    assert [half.how for block in plan.stages[0].blocks for half in block.split_branches] == ["lifted", "cut"] * 2
     assert "2 lifted" in str(plan)
     made = revify.convert(model, plan=plan)
     assert made.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import zoo
+from branch_nets import Two, net
 from ledger import Ledger
 
 import revify
@@ -35,6 +37,15 @@ def test_json_gives_the_same_plan_back(kind: type[zoo.Net], options: dict[str, o
 def test_json_of_a_timm_model() -> None:
     plan = revify.plan(timm.create_model("test_vit"), transitions="checkpoint")
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("how", ["branch", "split"])
+def test_plans_written_before_fields_were_renamed_are_read(how: str) -> None:
+    model = net(Two, 2)
+    options = {"unit": "branch"} if how == "branch" else {"streams": "split"}
+    old = Plan.from_json((Path(__file__).parent / "old" / f"plan_{how}.json").read_text(encoding="utf-8"))
+    new = revify.plan(model, model.example(), **options)
+    assert [stage.blocks for stage in old.stages] == [stage.blocks for stage in new.stages]
 
 
 @pytest.mark.parametrize(
