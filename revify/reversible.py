@@ -14,6 +14,7 @@ from revify.couplings.shipped import additive
 from revify.errors import RevifyError
 from revify.runtime.layers import Layer, Sides
 from revify.runtime.sequences import Residues, Streams, forward, inverse, passing_of
+from revify.runtime.states import Habits
 from revify.runtime.torch_internals import hidden_from_compiler
 
 GRID = 12
@@ -55,6 +56,7 @@ class Reversible(nn.Module):
     def __init__(self, *branches: nn.Module, coupling: Formula = additive, dim: int = 1, grid: int = GRID) -> None:
         super().__init__()
         self.coupling, self.dim, self.grid = derive(coupling), dim, grid
+        self._habits: dict[str, Habits] = {}
         gives = self.coupling.forward.gives
         letters = tuple(gives)
         if len(branches) == 1 and isinstance(branches[0], nn.Module) and len(set(gives.values())) == 1:
@@ -117,7 +119,7 @@ class Reversible(nn.Module):
                 f"side inputs for {', '.join(sorted(unknown))}: the branches are {', '.join(branches)}. Give them by "
                 'letter and keyword: side={"F": {"mask": mask}}.'
             )
-        return Layer(f"block {index} ({self.coupling.name})", self.coupling, branches, side)
+        return Layer(f"block {index} ({self.coupling.name})", self.coupling, branches, side, self._habits)
 
 
 class ReversibleSequence(nn.Module):

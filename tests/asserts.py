@@ -95,6 +95,17 @@ def inputs_of(model: nn.Module, seed: int = 2) -> tuple[Tensor, ...]:
     return model.example()
 
 
+class Count:
+    """A counter that revify does not put back for a second run: no plain attribute of a module."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def up(self) -> int:
+        self.number += 1
+        return self.number
+
+
 class Unchanged:
     """Context: a model's parameters, buffers, modes, hooks, attributes, and the random numbers stay as they are."""
 

@@ -10,7 +10,7 @@ from functools import partial
 import formulas
 import pytest
 import torch
-from asserts import assert_same, difference, gradients, run
+from asserts import Count, assert_same, difference, gradients, run
 from ledger import Ledger
 from torch import Tensor, nn
 
@@ -39,10 +39,10 @@ class Branch(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 7), nn.Linear(7, out or width)
         self.drop = nn.Dropout(0.2)
-        self.calls = 0
+        self.count = Count()
 
     def forward(self, *streams: Tensor) -> Tensor:
-        self.calls += 1
+        self.count.up()
         mixed = sum(place * x for place, x in enumerate(streams, 1))
         return self.down(self.drop(torch.nn.functional.gelu(self.up(self.norm(mixed)))))
 
@@ -311,7 +311,7 @@ def test_each_branch_runs_twice_and_hooks_on_blocks_fire_once() -> None:
     for block in model:
         block.register_forward_hook(lambda module, args, output: fired.append(len(output)))
     model(tokens()).sum().backward()
-    assert [branch.calls for block in model for branch in (block.F, block.G)] == [2] * 8
+    assert [branch.count.number for block in model for branch in (block.F, block.G)] == [2] * 8
     assert fired == [2] * 4
 
 
@@ -319,7 +319,7 @@ def test_each_branch_runs_twice_and_hooks_on_blocks_fire_once() -> None:
 def test_each_branch_runs_twice_with_other_couplings(formula: Formula) -> None:
     model = sequence(formula)
     model(tokens()).sum().backward()
-    calls = [module.calls for module in model.modules() if isinstance(module, Branch)]
+    calls = [module.count.number for module in model.modules() if isinstance(module, Branch)]
     assert calls == [2] * len(calls)
 
 
@@ -433,7 +433,7 @@ class Forgetful(Branch):
     """Another value at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 + self.calls)
+        return super().forward(x) * (1 + self.count.number)
 
 
 @pytest.mark.parametrize("formula", [additive, formulas.rotation])

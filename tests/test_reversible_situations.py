@@ -150,7 +150,7 @@ class FailsOnce(Branch):
 
     def forward(self, *streams: Tensor) -> Tensor:
         value = super().forward(*streams)
-        if self.calls == self.fails_at:
+        if self.count.number == self.fails_at:
             raise MemoryError("out of memory, for once")
         return value
 

@@ -97,9 +97,17 @@ class Repeats:
     def __init__(self) -> None:
         self._repeats: list[tuple[str, Tensor]] = []
 
-    def note(self, name: str, differs: Tensor) -> None:
-        """`differs`: one truth value, possibly still being computed."""
-        self._repeats.append((name, differs))
+    def note(self, name: str, returned: Tensor | None, *saved: Tensor) -> None:
+        """Note what a second run of this name did: truth values, possibly still being computed.
+
+        Args:
+            name: of the block.
+            returned: whether it returned other values, None where it returned nothing.
+            saved: whether autograd saved other values.
+        """
+        if returned is not None:
+            self._repeats.append((f"{name} returned other values", returned))
+        self._repeats += [(f"{name} had other values saved for its backward", differs) for differs in saved]
 
     def check_in_the_end(self) -> None:
         """Refuse the gradients of the running backward, at its end, if anything did not repeat itself."""
@@ -129,22 +137,17 @@ def in_the_end(check: Callable[[], None]) -> None:
         check()
 
 
-def checksum(z: Tensor) -> Tensor:
-    """A number that nearly any change of a bit changes: the sum of the values' bit patterns, wrapping around."""
-    bits = torch.int64 if z.element_size() == 8 else torch.int32
-    return z.detach().view(bits).sum(dtype=bits)
-
-
 def _check_repeats(repeats: list[tuple[str, Tensor]]) -> None:
     """Refuse gradients from blocks that did not repeat themselves; `repeats` is empty afterwards."""
     if not repeats:
         return
-    different = torch.stack([differs for _, differs in repeats]).tolist()
-    names = [name for name, _ in repeats]
+    device = repeats[0][1].device
+    different = torch.stack([differs.to(device) for _, differs in repeats]).tolist()
+    found = [what for what, _ in repeats]
     repeats.clear()
     if any(different):
         raise ReplayError(
-            f"{names[different.index(True)]} returned other values when it was run again in backward, so the "
+            f"{found[different.index(True)]} when it was run again in backward, so the "
             f"gradients just computed are wrong: discard them. {LIKELY_CAUSES}"
         )
 

@@ -25,6 +25,7 @@ from revify.runtime.links import Link, take_link
 from revify.runtime.numbers import Numbers
 from revify.runtime.replay import version
 from revify.runtime.rewinding import Rewind
+from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
 from revify.runtime.torch_internals import hidden_from_compiler
 
@@ -79,6 +80,7 @@ class Chained:
         self, block: nn.Module, rule: ChainRule, index: int, branches: tuple[HalfBranch, ...], stream: int | str
     ) -> None:
         self.block, self.rule, self.index, self.branches, self.stream = block, rule, index, branches, stream
+        self._habits: tuple[dict[str, Habits], ...] = tuple({} for _ in branches)
 
     @hidden_from_compiler
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
@@ -90,10 +92,10 @@ class Chained:
             chain.rewind.enter(self.rule.names[0], x)
             halves = {half: chain.rewind.numbers.held(value) for half, value in halves.items()}
         side = {"args": args, "kwargs": kwargs}
-        for branch in self.branches:
+        for index, branch in enumerate(self.branches):
             turn = branch.turn
             name = f"{self.rule.names[self.index]} ({turn.part.name})"
-            layer = Layer(name, turn.part, {turn.letter: branch}, {turn.letter: side})
+            layer = Layer(name, turn.part, {turn.letter: branch}, {turn.letter: side}, self._habits[index])
             after = chain.rewind.forward(layer, tuple(halves[half] for half in turn.before))
             halves = dict(zip(turn.after, after, strict=True))
         last = self.index + 1 == len(self.rule.names)

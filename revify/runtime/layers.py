@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from revify.couplings.programs import Apply, Call, names
 from revify.errors import StreamError
 from revify.runtime.numbers import Numbers
 from revify.runtime.replay import version
+from revify.runtime.states import Habits
 
 Values = dict[str, Tensor]
 Sides = Mapping[str, Mapping[str, Any]]  # Any: side inputs of every type pass through
@@ -29,18 +30,20 @@ class Layer:
         coupling: with its inverse.
         branches: by their letters in the formula.
         sides: keyword arguments of each branch.
+        habits: what each branch is known to change when it runs.
     """
 
     name: str
     coupling: Coupling
     branches: Mapping[str, nn.Module]
     sides: Sides
+    habits: dict[str, Habits] = field(default_factory=dict)
 
     def reversed(self) -> Layer:
         """The layer that leads from its outputs to its inputs, and is undone by the formula itself."""
         given = self.coupling
         undoing = Coupling(f"inverse of {given.name}", given.inverse, given.forward, given.determinant, ())
-        return Layer(self.name, undoing, self.branches, self.sides)
+        return Layer(self.name, undoing, self.branches, self.sides, self.habits)
 
     def call(self, step: Call, numbers: Numbers, *values: Tensor, **side: Any) -> tuple[Tensor, ...]:
         """What a branch gives for stream values, as stream values."""

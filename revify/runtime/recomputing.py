@@ -1,8 +1,9 @@
 """Checkpointing of what lies between the stages: the module's input is kept, and it runs again in backward.
 
 It is the runtime's rerun without a stream, so it has the runtime's manners: BatchNorm counts once, the random numbers
-repeat, autograd's graph is real. Modules that are called one after the other share a checkpoint: a `Section` rides on what
-one returns, and the next one joins it if that is what it is given, as it was returned.
+repeat, autograd's graph is real, and what the second run saves or hands on is compared with the first. Modules that are
+called one after the other share a checkpoint: a `Section` rides on what one returns, and the next one joins it if that is what
+it is given, as it was returned. The second run of the last one ends at its last saved tensor: nobody needs its output.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from revify.errors import StreamError
+from revify.runtime.fingerprints import checksum, comparable
+from revify.runtime.guards import Repeats
 from revify.runtime.links import Rider
+from revify.runtime.randomness import Draws
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
+from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
 from revify.runtime.torch_internals import hidden_from_compiler
 
@@ -26,23 +31,34 @@ class Section(Rider):
     Attributes:
         following: the path of the module that may come next, None behind the last.
         version: of the value that it rides on.
+        draws: keeps the random states of its modules.
     """
 
     def __init__(self) -> None:
         self.following: str | None = None
         self.version = 0
+        self.draws = Draws()
         self._reruns: list[Rerun] = []
+        self._outputs: list[Tensor] = []  # checksums of what was handed on
+        self._repeats = Repeats()
 
-    def append(self, rerun: Rerun) -> None:
-        """A module is about to run on what the last one returned, or first of all."""
+    def append(self, rerun: Rerun, given: Tensor | None) -> None:
+        """A module is about to run: on what the last one returned, or first of all, on inputs of its own."""
+        if given is not None:
+            self._outputs.append(checksum(given))
         self._reruns.append(rerun)
 
     def load(self) -> None:
         """Run all modules again, each on what the one before it gives, for their saved tensors."""
         with torch.no_grad():
             values: tuple[Tensor, ...] = ()
-            for rerun in self._reruns:
-                values = (rerun.again(*values, catch=True),)
+            for number, rerun in enumerate(self._reruns):
+                handed_on = number < len(self._outputs)
+                output = rerun.again(*values, catch=True, outputs=handed_on)
+                returned = checksum(output) != self._outputs[number] if handed_on else None
+                self._repeats.note(rerun.name, returned, *rerun.differs)
+                values = (output,)
+        self._repeats.check_in_the_end()
 
 
 class Checkpointed:
@@ -56,6 +72,7 @@ class Checkpointed:
 
     def __init__(self, module: nn.Module, name: str, following: str | None = None) -> None:
         self.module, self.name, self.following = module, name, following
+        self._habits = Habits()
 
     @hidden_from_compiler
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
@@ -66,13 +83,14 @@ class Checkpointed:
         device = next((t.device for t in (*side.tensors(), *args) if isinstance(t, Tensor)), None)
         if device is None:
             raise StreamError(f"{self.name} was called without a tensor, so there is nothing to checkpoint it from.")
+        given = None if section is None else args[0]
         section = section or Section()
-        rerun = Rerun(self.name, self._run, self.module, side)
-        section.append(rerun)
+        rerun = Rerun(self.name, self._run, self.module, side, self._habits, section.draws, seen=False)
+        section.append(rerun, given)
         output = rerun.first(lambda: self._run(*args, **kwargs), device, section.load)
-        if self.following and isinstance(output, Tensor):
+        if self.following and comparable(output):
             section.following, section.version = self.following, version(output)
-            output.revify_section = section  # type: ignore[attr-defined]
+            output.revify_section = section
         return output
 
     def _section(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Section | None:

@@ -1,78 +1,15 @@
-"""What must repeat when a block runs a second time, and what must not happen twice.
-
-Repeats: the random numbers, the autocast state, train or eval mode, the side inputs. Happens once: buffer updates
-(BatchNorm statistics, counters): the second run works on copies of the buffers.
-"""
+"""What a module was given in its first run, to be given again in a second one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from revify.errors import StreamError
-from revify.runtime.predictors import PREFIX
-
-
-@dataclass(frozen=True, slots=True)
-class Autocast:
-    """The autocast state of one device type."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-
-@dataclass(slots=True)
-class Conditions:
-    """Under which conditions a module ran.
-
-    Args:
-        module: the module that ran.
-        device: where its stream lives.
-        training: the mode of each of its submodules.
-        autocast: the state of each device type involved.
-        random: the RNG state of each device from which the run drew numbers.
-    """
-
-    module: nn.Module
-    device: torch.device
-    training: tuple[bool, ...]
-    autocast: tuple[Autocast, ...]
-    random: dict[torch.device, Tensor]
-
-    @classmethod
-    @contextmanager
-    def recorded(cls, module: nn.Module, device: torch.device) -> Iterator[Conditions]:
-        """Note the conditions in which the body runs `module`; RNG states stay only where it drew numbers."""
-        autocast = tuple(
-            Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted({"cpu", device.type})
-        )
-        training = tuple(part.training for part in module.modules())
-        before = _random_states(device)
-        conditions = cls(module, device, training, autocast, {})
-        yield conditions
-        after = _random_states(device)
-        conditions.random = {place: s for place, s in before.items() if not torch.equal(s, after[place])}
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run the body under the same conditions; on leaving, everything is as it was before."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            for state in self.autocast:
-                stack.enter_context(torch.autocast(state.device_type, state.dtype, enabled=state.enabled))
-            if self.random:
-                stack.enter_context(_random_numbers(self.random))
-            stack.enter_context(_modes(self.module, self.training))
-            stack.enter_context(_spare_buffers(self.module))
-            yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,63 +63,6 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    if device.type not in ("cpu", "meta"):
-        states[device] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-@contextmanager
-def _random_numbers(states: dict[torch.device, Tensor]) -> Iterator[None]:
-    """Draw from the given states, then put the generators back to where they were."""
-    before: dict[torch.device, Tensor] = {}
-    for device in states:
-        before.update({place: s for place, s in _random_states(device).items() if place in states})
-    try:
-        _set_random_states(states)
-        yield
-    finally:
-        _set_random_states(before)
-
-
-def _set_random_states(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _modes(module: nn.Module, training: tuple[bool, ...]) -> Iterator[None]:
-    parts = list(module.modules())
-    now = tuple(part.training for part in parts)
-    if now == training:
-        yield
-        return
-    try:
-        for part, mode in zip(parts, training, strict=True):
-            part.training = mode
-        yield
-    finally:
-        for part, mode in zip(parts, now, strict=True):
-            part.training = mode
-
-
-def _may_change(name: str) -> bool:
-    """Buffers of a forecast are fixed, and as large as a layer's weights: no need for copies."""
-    return not name.startswith(PREFIX)
-
-
-@contextmanager
-def _spare_buffers(module: nn.Module) -> Iterator[None]:
-    """Let the body read and update copies of the buffers; the module has its own back afterwards."""
-    owners = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
-    try:
-        for part, buffers in owners:
-            part._buffers.update({n: b.clone() for n, b in buffers.items() if b is not None and _may_change(n)})
-        yield
-    finally:
-        for part, buffers in owners:
-            part._buffers.update(buffers)
+def without_graph(tensor: Tensor) -> Tensor:
+    """The tensor as a leaf with a gradient: what holds on to it holds its values, not the graph that gave them."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)

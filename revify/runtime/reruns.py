@@ -4,28 +4,55 @@ Autograd's graph is real; only what it saved is gone. Forward: every tensor that
 placeholder (parameters, buffers and side inputs pass through: they live anyway). Backward: the first placeholder that
 is asked for makes the owner run the module again, under hooks that catch the same tensors in the same order. Each is
 handed out once and then forgotten; asked for again (a second backward), it is made again.
+
+The gradients are those of ordinary autograd if what is caught has the bits of what was dropped. So both runs take a
+fingerprint of what autograd saves, and `differs` tells whether they are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from revify.errors import ReplayError, StreamError
-from revify.runtime.replay import Conditions, SideInputs, version
+from revify.runtime.conditions import Conditions
+from revify.runtime.fingerprints import Fingerprint
+from revify.runtime.randomness import Draws
+from revify.runtime.replay import SideInputs, version
+from revify.runtime.states import Habits, Watched
 
 LIKELY_CAUSES = (
-    "Likely causes: a non-deterministic kernel (torch.use_deterministic_algorithms(True) finds it), another "
-    "attention kernel or thread count in backward than in forward, a block that counts its calls or caches values, "
-    "parameters or buffers changed between forward and backward."
+    "Likely causes: a non-deterministic kernel (torch.use_deterministic_algorithms(True) finds it), random numbers "
+    "that revify does not repeat (Python's, numpy's, those that another thread draws at the same time), a state "
+    "outside of the module's own attributes, weights changed through .data between forward and backward."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """Stands in a graph for a tensor that lives anyway; autograd checks no versions of what went through hooks."""
+
+    name: str
+    tensor: Tensor
+    version: int
+
+    def checked(self) -> Tensor:
+        """The tensor, unless it was changed in place since autograd saved it."""
+        if version(self.tensor) != self.version:
+            raise StreamError(
+                f"{self.name}: a tensor of shape {tuple(self.tensor.shape)} that its backward needs was changed in place "
+                "after the forward pass had used it, which ordinary autograd refuses, too. Call optimizer.step() after "
+                "backward(), and use out-of-place operations."
+            )
+        return self.tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +75,16 @@ class Rerun:
     Args:
         name: the module's path, for errors.
         run: the second run: (*values, *args, **kwargs) → outputs, through `module`.
-        module: whose buffers, modes and parameters are involved.
+        module: whose parameters, buffers, modes and attributes are involved.
         side: the arguments besides the values.
+        habits: what earlier runs of the module changed, to be kept with the module from pass to pass.
+        draws: keeps the random states of this forward pass, for all of its reruns.
+        exact: whether the second run is given the same values, bit for bit; else what is saved is not compared.
+        seen: whether the owner compares what the second run gives; else the last saved tensor is compared as a whole.
+
+    Attributes:
+        differs: for each device, whether the last second run that caught its saved tensors saved others than the first;
+            possibly still being computed.
     """
 
     def __init__(
@@ -58,14 +93,23 @@ class Rerun:
         run: Callable[..., Any],  # Any: blocks return what they like
         module: nn.Module,
         side: SideInputs,
+        habits: Habits,
+        draws: Draws,
+        *,
+        exact: bool = True,
+        seen: bool = True,
     ) -> None:
         self.name = name
+        self.differs: tuple[Tensor, ...] = ()
         self._run = run
         self._module = module
         self._side = side
+        self._habits, self._draws = habits, draws
+        self._exact, self._seen = exact, seen
         self._conditions: Conditions | None = None
         self._saves = 0
-        self._parameters: list[tuple[nn.Parameter, int]] = []
+        self._dropped: set[int] = set()
+        self._fingerprint: dict[torch.device, Tensor] = {}
         self._caught: dict[int, tuple[Tensor, int]] = {}
 
     def first(self, call: Callable[[], Any], device: torch.device, load: Callable[[], None]) -> Any:
@@ -79,51 +123,55 @@ class Rerun:
         Returns:
             What `call` returns.
         """
-        parts = [*self._module.parameters(), *self._module.buffers(), *self._side.tensors()]
-        living = {_address(part) for part in parts} - {0}
-        self._parameters = [(parameter, version(parameter)) for parameter in self._module.parameters()]
+        fingerprint = Fingerprint(whole_last=not self._seen)
+        with Conditions.recorded(self._module, device, self._habits, self._draws) as self._conditions:
+            parts = (*self._conditions.state.tensors, *self._side.tensors())
+            living = {_address(part) for part in parts} - {0}
 
-        def drop(tensor: Tensor) -> Tensor | Placeholder:
-            index, self._saves = self._saves, self._saves + 1
-            if _address(tensor) in living:
-                return tensor
-            return Placeholder(self, load, index, tensor.shape, tensor.dtype)
+            def drop(tensor: Tensor) -> Living | Placeholder:
+                index, self._saves = self._saves, self._saves + 1
+                if _address(tensor) in living:
+                    return Living(self.name, tensor, version(tensor))
+                if self._exact:
+                    self._dropped.add(index)
+                    fingerprint.add(tensor)
+                return Placeholder(self, load, index, tensor.shape, tensor.dtype)
 
-        hooks = saved_tensors_hooks(drop, _fetch)
-        with Conditions.recorded(self._module, device) as self._conditions, hooks:
-            return call()
+            with saved_tensors_hooks(drop, _fetch):
+                outputs = call()
+        with torch.no_grad():
+            self._fingerprint = fingerprint.value()
+        return outputs
 
-    def again(self, *values: Tensor, catch: bool) -> Any:
+    def again(self, *values: Tensor, catch: bool, outputs: bool = True) -> Any:
         """Run the module once more under the conditions of its first run.
 
         Args:
             values: what it was given before the side inputs, cut off from any graph, with its `requires_grad`.
             catch: keep what autograd saves, for the placeholders.
+            outputs: whether what it returns is needed; else the run may end at the last tensor that autograd saves.
 
         Returns:
-            What the module returned.
+            What the module returned, None where it is not needed.
         """
         assert self._conditions is not None  # `first` comes first: an invariant, not a check of user input
-        self._check_parameters()
+        moved = self._conditions.state.moved()
         args, kwargs = self._side.again()
-        caught: list[tuple[Tensor, int]] = []
-
-        def keep(tensor: Tensor) -> None:
-            caught.append((tensor.detach(), version(tensor)))
-
+        catcher = _Catcher(self._saves, self._dropped, Fingerprint(whole_last=not self._seen), self.name)
+        catcher.ends = catch and not outputs and not moved
         hooks: AbstractContextManager[None] = saved_tensors_hooks(
-            keep if catch else _forget, partial(_unreadable, self.name)
+            catcher.keep if catch else _forget, partial(_unreadable, self.name)
         )
-        with self._conditions.restored(), hooks:
-            outputs = self._run(*values, *args, **kwargs)
+        found: Any = None
+        with self._conditions.restored(), hooks, suppress(_EnoughError):
+            found = self._run(*values, *args, **kwargs)
+        _refuse_changes(self.name, moved, found)
         if catch:
-            if len(caught) != self._saves:
-                raise ReplayError(
-                    f"{self.name} saved {self._saves} tensors for backward in its first run and {len(caught)} when run "
-                    f"again, so its gradients cannot be computed. {LIKELY_CAUSES}"
-                )
-            self._caught = dict(enumerate(caught))
-        return outputs
+            self._caught = catcher.all_caught()
+            with torch.no_grad():
+                again = catcher.fingerprint.value()
+            self.differs = tuple(again[device] != number for device, number in self._fingerprint.items())
+        return found
 
     def forget(self) -> None:
         """Let go of the caught tensors that nobody asked for."""
@@ -146,18 +194,88 @@ class Rerun:
             )
         return tensor
 
-    def _check_parameters(self) -> None:
-        """Autograd checks no versions of tensors that went through hooks, so this does."""
-        for parameter, before in self._parameters:
-            if version(parameter) != before:
-                raise StreamError(
-                    f"{self.name}: a parameter of shape {tuple(parameter.shape)} was changed in place between forward "
-                    "and backward, so the block cannot be run again as it ran. Call optimizer.step() after backward()."
-                )
+
+class _EnoughError(BaseException):
+    """Ends a second run of which nothing more is needed; no error, and nothing that a block's own `except` should see."""
 
 
-def _fetch(kept: Tensor | Placeholder) -> Tensor:
-    return kept.rerun.fetch(kept) if isinstance(kept, Placeholder) else kept
+class _Catcher:
+    """What autograd saves in a second run.
+
+    Args:
+        expected: how many tensors the first run saved.
+        dropped: which of them it dropped.
+        fingerprint: of these.
+        name: of the module, for errors.
+
+    Attributes:
+        ends: whether the run may end when it has saved all of them.
+    """
+
+    def __init__(self, expected: int, dropped: set[int], fingerprint: Fingerprint, name: str) -> None:
+        self.ends = False
+        self.fingerprint = fingerprint
+        self._expected, self._dropped, self._name = expected, dropped, name
+        self._caught: list[tuple[Tensor, int]] = []
+
+    def keep(self, tensor: Tensor) -> None:
+        """Autograd saves this tensor."""
+        if len(self._caught) in self._dropped:
+            self.fingerprint.add(tensor)
+        self._caught.append((tensor.detach(), version(tensor)))
+        if self.ends and len(self._caught) == self._expected:
+            raise _EnoughError
+
+    def all_caught(self) -> dict[int, tuple[Tensor, int]]:
+        """The tensors with their versions, by their number."""
+        if len(self._caught) != self._expected:
+            raise ReplayError(
+                f"{self._name} saved {self._expected} tensors for backward in its first run and {len(self._caught)} when "
+                f"run again, so its gradients cannot be computed. {LIKELY_CAUSES}"
+            )
+        return dict(enumerate(self._caught))
+
+
+def _refuse_changes(name: str, moved: list[Watched], found: Any) -> None:
+    """Refuse a second run that used what was changed in place since the first.
+
+    A parameter that it did not use may change: an optimizer that steps within the backward has done with the parameters of
+    other branches of the same block already.
+    """
+    used = _parameters_behind(found) if moved else set()
+    for watched in moved:
+        shape = tuple(watched.tensor.shape)
+        if watched.lost:
+            raise ReplayError(
+                f"{name} changed a {watched.kind} of shape {shape} in its forward pass, which it had not done in its first "
+                "one, so its values before that are not known, and the block cannot be run again as it ran. Discard these "
+                "gradients; from the next forward pass on these values are kept."
+            )
+        if isinstance(watched.tensor, nn.Parameter) and watched.requires_grad and id(watched.tensor) not in used:
+            continue
+        raise StreamError(
+            f"{name}: a {watched.kind} of shape {shape} was changed in place between forward and backward, so the block "
+            "cannot be run again as it ran. Call optimizer.step() after backward()."
+        )
+
+
+def _parameters_behind(outputs: Any) -> set[int]:
+    """The identities of the parameters to which the graph of these outputs leads."""
+    nodes = [leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    seen: set[Node | None] = {None}
+    found = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            assert node is not None  # it is among those seen
+            found.add(id(getattr(node, "variable", None)))
+            nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def _fetch(kept: Living | Placeholder) -> Tensor:
+    return kept.rerun.fetch(kept) if isinstance(kept, Placeholder) else kept.checked()
 
 
 def _forget(tensor: Tensor) -> None:

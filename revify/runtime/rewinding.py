@@ -25,12 +25,15 @@ from revify.couplings.deriving import Coupling
 from revify.couplings.programs import Apply, Call, Instruction, names
 from revify.errors import StreamError
 from revify.runtime.factors import Factors
-from revify.runtime.guards import Drifts, Peaks, Repeats, checksum
+from revify.runtime.fingerprints import checksum
+from revify.runtime.guards import Drifts, Peaks, Repeats
 from revify.runtime.layers import Layer, Values, operands
 from revify.runtime.numbers import Numbers
 from revify.runtime.passages import Named, Passage, place, sample
+from revify.runtime.randomness import Draws
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
+from revify.runtime.states import Habits
 from revify.runtime.tape import Value, with_strides
 
 
@@ -56,6 +59,7 @@ class Rewind:
         self._finite = True  # whether the ends are; known once a backward begins
         self._factors = Factors() if recorded or divides else None
         self._repeats: Repeats | Drifts = Drifts() if numbers.grid is None else Repeats()
+        self._draws = Draws()
 
     # Forward
 
@@ -130,7 +134,15 @@ class Rewind:
             return layer.call(step, self.numbers, *given, **side)
         run = partial(layer.call, step, self.numbers)
         branch = layer.branches[step.branch]
-        rerun = Rerun(f"{layer.name}, branch {step.branch}", run, branch, SideInputs.of((), side))
+        rerun = Rerun(
+            f"{layer.name}, branch {step.branch}",
+            run,
+            branch,
+            SideInputs.of((), side),
+            layer.habits.setdefault(step.branch, Habits()),
+            self._draws,
+            exact=self.numbers.grid is not None,
+        )
         passage.reruns[step.results] = rerun
         device = given[0].device if given else values[layer.coupling.forward.inputs[0]].device
         results: tuple[Tensor, ...] = rerun.first(
@@ -263,7 +275,10 @@ class Rewind:
         """Run a branch again on values that are known."""
         passage = self._passages[self._position]
         given = [self._values[n].detach().requires_grad_(passage.needs_grad[n]) for n in operands(step)]
-        results = passage.reruns[step.results].again(*given, catch=catch)
+        rerun = passage.reruns[step.results]
+        results = rerun.again(*given, catch=catch)
+        if catch and isinstance(self._repeats, Repeats) and self._finite:
+            self._repeats.note(rerun.name, None, *rerun.differs)
         for name, result in zip(step.results, results, strict=True):
             self._learn(name, result.detach())
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from revify.errors import StreamError
 from revify.runtime.arguments import split_stream
+from revify.runtime.fingerprints import checksum
 from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs, stream_dtype
-from revify.runtime.guards import checksum
 from revify.runtime.links import Link, leave_link, take_link
 from revify.runtime.predictors import Predictor
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
+from revify.runtime.states import Habits
 from revify.runtime.tape import Entry, StageRule, Tape, saves_nothing
 from revify.runtime.torch_internals import hidden_from_compiler
 
@@ -52,6 +53,7 @@ class Step:
         self.block, self.rule, self.index, self.predictor, self.stream = block, rule, index, predictor, stream
         self.transform = transform or type(block).forward
         self.result = result
+        self._habits = Habits()
 
     @property
     def name(self) -> str:
@@ -108,7 +110,7 @@ class Step:
         recorded = saves_nothing()
         if recorded:
             again = SideInputs.of((None, None, coupled, branch_dtype, *args), kwargs)
-            rerun = Rerun(self.name, self._branch, self.block, again)
+            rerun = Rerun(self.name, self._branch, self.block, again, self._habits, tape.draws)
             entry = Entry(self.index, coupled, self, rerun, z.requires_grad, z.stride(), checksum(z), sign)
             place = tape.append(z, entry)
             gap, t, late, others = rerun.first(

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from revify.errors import StreamError
+from revify.runtime.fingerprints import checksum
 from revify.runtime.grid import Grid, Sign, step, unstep
-from revify.runtime.guards import Peaks, Repeats, checksum
+from revify.runtime.guards import Peaks, Repeats
+from revify.runtime.randomness import Draws
 from revify.runtime.replay import version
 from revify.runtime.reruns import Rerun
 
@@ -138,6 +140,7 @@ class Tape:
         self._loaded: Rerun | None = None
         self._peaks = Peaks(rule.grid)
         self._repeats = Repeats()
+        self.draws = Draws()
 
     # Forward
 
@@ -200,10 +203,11 @@ class Tape:
         entry = self._entries[place]
         older, newer = self._ends()
         forecast, t, late = entry.block.parts_again(entry, older, catch=catch)
+        saved = entry.rerun.differs if catch else ()
         if place == 0:
             assert self._first_output is not None  # invariant: the step ran
             differs = checksum(t) != self._first_output if entry.coupled else (newer != t).any()
-            self._note(place, differs)
+            self._note(place, differs, *saved)
             return
         gap = unstep(newer, t, entry.residue, self._bits(entry), self.rule.grid, entry.sign)
         del newer, t
@@ -214,12 +218,12 @@ class Tape:
         previous = with_strides(gap, self._entries[place - 1].stride)
         self._newer, self._older = self._older, Value(previous, None)
         self._position = place - 1
-        self._note(place, checksum(previous) != self._entries[place - 1].checksum)
+        self._note(place, checksum(previous) != self._entries[place - 1].checksum, *saved)
 
-    def _note(self, place: int, differs: Tensor) -> None:
-        """Whether a step did not repeat itself, which only finite values can tell."""
+    def _note(self, place: int, returned: Tensor, *saved: Tensor) -> None:
+        """Whether a step returned or saved other values than at first, which only finite values can tell."""
         if self._peaks.finite:
-            self._repeats.note(self._name(place), differs)
+            self._repeats.note(self._name(place), returned, *saved)
 
     def _forth(self, place: int) -> None:
         """From (z[k-1], z[k]) to (z[k], z[k+1]): only a second backward needs this."""

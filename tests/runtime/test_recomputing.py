@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import zoo
-from asserts import assert_same, assert_same_gradients, converted, gradients, inputs_of, run
+from asserts import Count, assert_same, assert_same_gradients, converted, gradients, inputs_of, run
 from ledger import Ledger
 from torch import Tensor, nn
 
@@ -58,7 +58,8 @@ def test_layers_in_a_row_hold_what_the_first_was_given() -> None:
     (x,) = inputs_of(model)
     with Ledger() as ledger:
         output = model.pool(model.drop(model.act(model.norm(model.stem(x)))))
-        assert ledger.alive() <= output.nbytes + model.norm.num_batches_tracked.nbytes
+        checksums = 8 * 8
+        assert ledger.alive() <= output.nbytes + model.norm.num_batches_tracked.nbytes + checksums
     output.sum().backward()
 
 
@@ -183,16 +184,17 @@ def test_changes_between_forward_and_backward(change: Callable[[nn.Module, Tenso
 
 def test_other_tensors_in_the_second_run() -> None:
     class Growing(nn.Module):
-        calls = 0
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = Count()
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return x.exp() if self.calls == 1 else x.exp().log().exp()
+            return x.exp() if self.count.up() == 1 else (x + 1).exp()
 
     model = net()
     model.transition[3] = Growing()
     output = model(*inputs_of(model))
-    with pytest.raises(revify.ReplayError, match=r"transition saved \d+ tensors for backward in its first run and \d+"):
+    with pytest.raises(revify.ReplayError, match="transition had other values saved"):
         output.sum().backward()
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from revify.errors import StreamError
-from revify.runtime.replay import Conditions, SideInputs, version
+from revify.runtime.conditions import Conditions
+from revify.runtime.randomness import Draws
+from revify.runtime.replay import SideInputs, version
+from revify.runtime.states import Habits
 
 CPU = torch.device("cpu")
 
 
+def recorded(module: nn.Module) -> AbstractContextManager[Conditions]:
+    return Conditions.recorded(module, CPU, Habits(), Draws())
+
+
 def test_random_numbers_repeat_and_the_generator_goes_on_as_if_nothing_happened() -> None:
-    with Conditions.recorded(nn.Identity(), CPU) as conditions:
+    with recorded(nn.Identity()) as conditions:
         first = torch.rand(4)
     state = torch.get_rng_state()
     torch.rand(7)
@@ -26,9 +35,9 @@ def test_random_numbers_repeat_and_the_generator_goes_on_as_if_nothing_happened(
 
 
 def test_no_random_state_is_kept_where_no_numbers_were_drawn() -> None:
-    with Conditions.recorded(nn.Identity(), CPU) as silent:
+    with recorded(nn.Identity()) as silent:
         torch.ones(3) + 1
-    with Conditions.recorded(nn.Identity(), CPU) as drawing:
+    with recorded(nn.Identity()) as drawing:
         torch.rand(1)
     assert not silent.random
     assert set(drawing.random) == {CPU}
@@ -36,7 +45,7 @@ def test_no_random_state_is_kept_where_no_numbers_were_drawn() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_repeats_outside_of_it(dtype: torch.dtype) -> None:
-    with torch.autocast("cpu", dtype), Conditions.recorded(nn.Identity(), CPU) as conditions:
+    with torch.autocast("cpu", dtype), recorded(nn.Identity()) as conditions:
         pass
     with conditions.restored():
         assert torch.is_autocast_enabled("cpu")
@@ -45,7 +54,7 @@ def test_autocast_repeats_outside_of_it(dtype: torch.dtype) -> None:
 
 
 def test_no_autocast_repeats_inside_of_it() -> None:
-    with Conditions.recorded(nn.Identity(), CPU) as conditions:
+    with recorded(nn.Identity()) as conditions:
         pass
     with torch.autocast("cpu", torch.bfloat16):
         with conditions.restored():
@@ -57,7 +66,7 @@ def test_each_part_is_in_the_mode_it_was_in() -> None:
     module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
     module[1][0].eval()
     before = [m.training for m in module.modules()]
-    with Conditions.recorded(module, CPU) as conditions:
+    with recorded(module) as conditions:
         pass
     module.eval()
     module[1][1].train()
@@ -70,7 +79,7 @@ def test_each_part_is_in_the_mode_it_was_in() -> None:
 def test_buffers_are_read_but_not_written() -> None:
     norm = nn.BatchNorm1d(3)
     x = torch.randn(5, 3)
-    with Conditions.recorded(norm, CPU) as conditions:
+    with recorded(norm) as conditions:
         norm(x)
     held = dict(norm.named_buffers())
     kept = {name: buffer.clone() for name, buffer in held.items()}
@@ -84,7 +93,7 @@ def test_buffers_are_read_but_not_written() -> None:
 
 
 def test_gradients_are_on_within() -> None:
-    with Conditions.recorded(nn.Identity(), CPU) as conditions:
+    with recorded(nn.Identity()) as conditions:
         pass
     with torch.no_grad():
         with conditions.restored():
@@ -94,7 +103,7 @@ def test_gradients_are_on_within() -> None:
 
 def test_everything_is_put_back_when_the_body_fails() -> None:
     norm = nn.BatchNorm1d(3)
-    with Conditions.recorded(norm, CPU) as conditions:
+    with recorded(norm) as conditions:
         torch.rand(1)
     norm.eval()
     state, mean = torch.get_rng_state(), norm.running_mean
