@@ -95,7 +95,7 @@ class InvertedCall:
         self.pair = pair
         self._inputs: list[Input] = []
         run = partial(_back_and_forth, pair, self._inputs)  # not of this call, or the two would hold each other
-        self._rerun = Rerun(pair.name, run, pair.module, SideInputs.of((), side))
+        self._rerun = Rerun(pair.name, run, pair.module, SideInputs.of((), side), exact=False)
         self._outputs: dict[int, Value] = {}
         self._taken: dict[int, TakenOver] = {}
         self._given_back: dict[int, Tensor] = {}  # of what was taken over

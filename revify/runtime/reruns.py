@@ -77,8 +77,8 @@ class Rerun:
         run: the second run: (*values, *args, **kwargs) → outputs, through `module`.
         module: whose parameters, buffers, modes and attributes are involved.
         side: the arguments besides the values.
-        habits: what earlier runs of the module changed, to be kept with the module from pass to pass.
-        draws: keeps the random states of this forward pass, for all of its reruns.
+        habits: what earlier runs of the module changed, to be kept with the module; None looks at everything anew.
+        draws: keeps the random states of this forward pass, for all of its reruns; None for this one alone.
         exact: whether the second run is given the same values, bit for bit; else what is saved is not compared.
         seen: whether the owner compares what the second run gives; else the last saved tensor is compared as a whole.
 
@@ -93,8 +93,8 @@ class Rerun:
         run: Callable[..., Any],  # Any: blocks return what they like
         module: nn.Module,
         side: SideInputs,
-        habits: Habits,
-        draws: Draws,
+        habits: Habits | None = None,
+        draws: Draws | None = None,
         *,
         exact: bool = True,
         seen: bool = True,
@@ -104,7 +104,7 @@ class Rerun:
         self._run = run
         self._module = module
         self._side = side
-        self._habits, self._draws = habits, draws
+        self._habits, self._draws = habits or Habits(), draws or Draws()
         self._exact, self._seen = exact, seen
         self._conditions: Conditions | None = None
         self._saves = 0
