@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from revify.plans import BlockPlan, Plan, StagePlan
+from revify.reading.flows import copy_with_data, device_of, holds_data, with_data
 from revify.reading.observing import Observation
 from revify.reading.segments import Segment, find_segments
-from revify.reading.tracing import Example, meta_copy
+from revify.reading.tracing import Example, call_with, each_of, meta_copy
 from revify.runtime.arguments import with_stream
 
 
@@ -48,55 +49,77 @@ def cut_blocks(plan: Plan, model: nn.Module, example: Example, observation: Obse
 
 
 def prove(model: nn.Module, example: Example, cut: Mapping[str, tuple[Segment, ...]]) -> set[str]:
-    """The paths of the blocks whose segments run, one after the other, and keep the stream's shape.
+    """The paths of the blocks whose segments, one after the other, give what the block gives.
+
+    Values are compared, bit for bit, in train and in eval mode; of a model without data only shapes and types.
 
     Args:
         model: the plain model, of which a copy runs.
         example: its inputs.
         cut: the segments of some of its blocks.
     """
-    keywords = isinstance(example, Mapping)
-    given = dict(example) if isinstance(example, Mapping) else dict(enumerate(example))
+    if not cut:
+        return set()
+    if not holds_data(model):
+        empty = each_of(example, lambda x: torch.empty_like(x, device="meta"))
+        return _proven(meta_copy(model), empty, cut)
+    given = with_data(example, device_of(model))
     try:
-        empty = {name: torch.empty_like(x, device="meta") for name, x in given.items()}
-        return _proven(meta_copy(model), empty, cut, keywords=keywords)
-    except Exception:  # any operation may lack a meta kernel: the real run decides
-        return _proven(copy.deepcopy(model), given, cut, keywords=keywords)
+        trained = _proven(copy_with_data(model), given, cut)
+        return trained & _proven(copy_with_data(model).eval(), given, cut)
+    except Exception:  # analysed without data, a model may not run with them here: half precision on a CPU
+        return set()
 
 
-def _proven(
-    model: nn.Module, example: Mapping[Any, Tensor], cut: Mapping[str, tuple[Segment, ...]], *, keywords: bool
-) -> set[str]:
+def _proven(model: nn.Module, example: Example, cut: Mapping[str, tuple[Segment, ...]]) -> set[str]:
     trials = {path: _Trial(model.get_submodule(path), segments) for path, segments in cut.items()}
     for trial in trials.values():
         trial.block.forward = trial
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model(**example) if keywords else model(*example.values())
+    with torch.random.fork_rng(devices=_random_devices(model)), torch.no_grad():
+        call_with(model, example)
     return {path for path, trial in trials.items() if trial.good}
 
 
 class _Trial:
-    """Stands in for the forward of a block: runs its segments, and notes whether they are good for steps."""
+    """Stands in for the forward of a block: runs its segments and the block, and notes whether they give the same."""
 
     def __init__(self, block: nn.Module, segments: tuple[Segment, ...]) -> None:
         self.block, self.segments, self.good = block, segments, False
+        self._twin = copy.deepcopy(block, {id(p): p for p in block.parameters()})  # with the buffers as they are now
+        self._devices = _random_devices(block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        whole = type(self.block).forward(self.block, *args, **kwargs)
         stream = self.segments[0].stream
         x = args[stream] if isinstance(stream, int) else kwargs[stream]
+        with torch.random.fork_rng(devices=self._devices):
+            found = self._run(x, args, kwargs)
+        whole = type(self.block).forward(self.block, *args, **kwargs)
+        self.good = found is not None and _same(found, whole)
+        return whole
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What the segments give, None where a value between them is no stream value."""
         before, z = x._version, x
         try:
             for segment in self.segments:
-                given, named = with_stream(stream, z, args, kwargs)
-                following = segment(self.block, *given, **named)
+                given, named = with_stream(segment.stream, z, args, kwargs)
+                following = segment(self._twin, *given, **named)
                 if (following.shape, following.dtype, z._version) != (x.shape, x.dtype, before):
-                    return whole
+                    return None
                 z, before = following, following._version
-            self.good = z.shape == whole.shape
         except Exception:  # a segment runs a block's own code in a way that it was not written for
-            return whole
-        return whole
+            return None
+        return z
+
+
+def _same(found: Tensor, whole: object) -> bool:
+    if not isinstance(whole, Tensor) or (found.shape, found.dtype) != (whole.shape, whole.dtype):
+        return False
+    return found.is_meta or torch.equal(found, whole)
+
+
+def _random_devices(module: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
 
 
 def _saved(block: BlockPlan, segments: tuple[Segment, ...], observation: Observation) -> tuple[int, ...]:

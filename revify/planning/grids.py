@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from revify.plans import Plan, StagePlan
-from revify.reading.flows import Flow, Place, watch_flows
+from revify.reading.flows import Flow, Place, holds_data, watch_flows
 from revify.reading.tracing import Example
 from revify.runtime.grid import Grid, stream_dtype
 from revify.words import DEFAULT_GRID, WIDE_GRID
@@ -37,7 +37,7 @@ def choose_grids(plan: Plan, model: nn.Module, example: Example) -> Plan:
         model: the plain model; it stays as it is. Without data (on the meta device) the default is kept, and the plan says so.
         example: its inputs.
     """
-    if any(p.is_meta for p in (*model.parameters(), *model.buffers())):
+    if not holds_data(model):
         return replace(plan, unmeasured="the model holds no data")
     places = {block.path: Place(block.stream, block.result) for stage in plan.stages for block in stage.blocks}
     try:

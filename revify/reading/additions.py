@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from revify.reading.roles import ADDITIONS, WITHOUT_VALUES, Shortcut, dependent_on, find_shortcut, role_of
+from revify.reading.roles import ADDITIONS, Shortcut, dependent_on, find_shortcut, role_of, tells_no_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def is_size(node: fx.Node) -> bool:
     """Whether it gives a shape, a type, a device, or a part of one."""
     if node.target is operator.getitem:
         return isinstance(node.args[0], fx.Node) and is_size(node.args[0])
-    return node.target is getattr or node.target in WITHOUT_VALUES
+    return tells_no_values(node)
 
 
 def _in_order(x: fx.Node, y: fx.Node) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify.reading.tracing import Example, bare, call_with, tensors_of
+from revify.reading.tracing import Example, bare, call_with, each_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +51,34 @@ def watch_flows(model: nn.Module, example: Example, places: Mapping[str, Place])
         The flow of each block that was called.
     """
     found: dict[str, tuple[Tensor, ...]] = {}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    copied = bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+    device = device_of(model)
+    copied = copy_with_data(model)
     for path, place in places.items():
         copied.get_submodule(path).register_forward_hook(partial(_look, found, path, place), with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        if isinstance(example, Mapping):
-            call_with(copied, {name: _with_data(x, device) for name, x in example.items()})
-        else:
-            call_with(copied, [_with_data(x, device) for x in tensors_of(example)])
+        call_with(copied, with_data(example, device))
     return {path: Flow(*(float(number) for number in numbers)) for path, numbers in found.items()}
+
+
+def copy_with_data(model: nn.Module) -> nn.Module:
+    """The same module tree with the same parameters and buffers of its own, without hooks, in train mode."""
+    return bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def holds_data(model: nn.Module) -> bool:
+    """Whether it can run for real."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def with_data(example: Example, device: torch.device) -> Example:
+    """The same inputs with numbers in them: normal random ones where there were none, or the same everywhere."""
+    return each_of(example, partial(_with_data, device=device))
 
 
 def _look(

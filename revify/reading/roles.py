@@ -48,6 +48,7 @@ ACTIVATIONS: set[Any] = {
     *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh"),
 }
 WITHOUT_VALUES = {"size", "dim", "numel"}
+ATTRIBUTES_WITHOUT_VALUES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "itemsize"}
 
 
 def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | None:
@@ -88,11 +89,15 @@ def dependent_on(x: fx.Node) -> set[fx.Node]:
     found, pending = {x}, [x]
     while pending:
         for user in pending.pop().users:
-            shape_only = user.target in WITHOUT_VALUES or user.target is getattr
-            if user not in found and not shape_only:
+            if user not in found and not tells_no_values(user):
                 found.add(user)
                 pending.append(user)
     return found
+
+
+def tells_no_values(node: fx.Node) -> bool:
+    """Whether a node gives a size, a type or a place. Other attributes (x.mT, x.data) are values."""
+    return node.target in WITHOUT_VALUES or (node.target is getattr and node.args[1] in ATTRIBUTES_WITHOUT_VALUES)
 
 
 def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:

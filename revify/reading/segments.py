@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from revify.errors import StreamError
 from revify.reading.additions import Joint, find_ends, find_joints, has_side_effects
 from revify.reading.operations import Operation, Slot, execute
+from revify.reading.own_code import Flags, Witness, changed_flag, has_generator
 from revify.reading.roles import dependent_on
 from revify.reading.tracing import meta_copy
 
@@ -35,6 +36,7 @@ class Segment:
         stream: the block's argument that is the stream, a position or a keyword.
         parameters: the names of the block's arguments, in order.
         fixed: those that had their default when the block was traced.
+        flags: the block's attributes that its code read when it was traced, by path, with what they were.
         start: the name of the segment's input, among the operations'.
         operations: in order; the last gives the segment's output.
     """
@@ -42,6 +44,7 @@ class Segment:
     stream: int | str
     parameters: tuple[str, ...]
     fixed: Mapping[str, Any]
+    flags: Flags
     start: str
     operations: tuple[Operation, ...]
 
@@ -54,6 +57,13 @@ class Segment:
                     f"its argument {name} is {type(value).__name__}, and was {default!r} when the block was cut into "
                     'its branches. Plan with an example that passes it, or with unit="block".'
                 )
+        changed = changed_flag(block, self.flags)
+        if changed is not None:
+            raise StreamError(
+                f"{type(block).__name__}.{changed[0]} is {changed[1]!r}, and was {self.flags[changed[0]]!r} when the block was "
+                "cut into its branches, whose code is what it was then. Set it before converting, or convert the whole "
+                'block: unit="block".'
+            )
         stream = self.parameters[self.stream] if isinstance(self.stream, int) else self.stream
         values = {_argument(name): value for name, value in given.items()}
         values[self.start] = values.pop(_argument(stream))
@@ -135,16 +145,21 @@ class _Reading:
     stream: int | str
     parameters: tuple[str, ...]
     fixed: dict[str, Any]
+    flags: Flags
     arguments: dict[fx.Node, str]
 
     def segment(self, start: fx.Node, operations: tuple[Operation, ...]) -> Segment:
         """Operations on the value at `start`."""
         name = self.arguments.get(start, start.name)
-        return Segment(self.stream, self.parameters, self.fixed, name, operations)
+        return Segment(self.stream, self.parameters, self.fixed, self.flags, name, operations)
 
 
 def _read(block: nn.Module, stream: int | str, given: Collection[int | str]) -> _Reading | None:
-    """The graph of a block; None where there is none, or where it depends on the block's mode."""
+    """The graph of a block; None where there is none, or where it is not all that the block does.
+
+    So it is where the block asks for its mode or for gradients, which a graph cannot; where the graph depends on random
+    numbers that were drawn while it was made; and where the block's code sets something at each call.
+    """
     signature = inspect.signature(block.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
         return None
@@ -154,14 +169,18 @@ def _read(block: nn.Module, stream: int | str, given: Collection[int | str]) -> 
         if p.default is not p.empty and place not in given and p.name not in given
     }
     bare = meta_copy(block)
-    graph = _traced(bare, fixed)
-    if graph is None or str(graph) != str(_traced(bare.eval(), fixed)):
-        return None  # the block asks for its mode, which a graph cannot
+    with torch.random.fork_rng(devices=[]), Witness(bare) as witness:
+        graph = _traced(bare, fixed)
+    if graph is None or witness.draws or witness.changes or has_generator(block):
+        return None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if str(graph) != str(_traced(bare.eval(), fixed)):
+            return None
     names = tuple(p.name for p in signature)
     inputs = dict(zip(names, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
     x = inputs[names[stream] if isinstance(stream, int) else stream]
     arguments = {node: _argument(name) for name, node in inputs.items()}
-    return _Reading(graph, x, dict(bare.named_modules()), stream, names, fixed, arguments)
+    return _Reading(graph, x, dict(bare.named_modules()), stream, names, fixed, witness.flags(), arguments)
 
 
 def _alone(addition: Operation, joint: Joint) -> Operation:
@@ -190,8 +209,7 @@ class _Tracer(fx.Tracer):
 
 def _traced(block: nn.Module, fixed: dict[str, Any]) -> fx.Graph | None:
     try:
-        with torch.random.fork_rng(devices=[]):
-            return _Tracer().trace(block, concrete_args=fixed or None)
+        return _Tracer().trace(block, concrete_args=fixed or None)
     except Exception:  # fx runs the block's own code on proxies: it may fail in any way
         return None
 

@@ -71,13 +71,13 @@ def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Exam
     """Do something to a copy of the model without data, or to one with data where an operation needs them."""
     try:
         with torch.random.fork_rng(devices=[]):  # a model may draw numbers that do not depend on its input
-            return work(meta_copy(model), _each(example, _without_data))
+            return work(meta_copy(model), each_of(example, _without_data))
     except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
         real = bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
         devices = {x.device for x in (*tensors_of(example), *model.parameters()) if x.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=sorted(devices, key=str)):
-                return work(real, _each(example, Tensor.detach))
+                return work(real, each_of(example, Tensor.detach))
         except Exception as error:
             raise RefusalError(
                 f"{type(model).__name__} does not run on an example of shape "
@@ -134,7 +134,7 @@ def tensors_of(example: Example) -> tuple[Tensor, ...]:
     return tuple(example.values() if isinstance(example, Mapping) else example)
 
 
-def _each(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+def each_of(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
     if isinstance(example, Mapping):
         return {name: change(x) for name, x in example.items()}
     return [change(x) for x in example]

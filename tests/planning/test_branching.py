@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import timm
 import torch
@@ -12,8 +14,9 @@ from torch.nn import functional
 
 import revify
 from revify.measuring.memory import count_memory
+from revify.planning.branching import prove
 from revify.plans import Plan
-from revify.reading.segments import find_segments
+from revify.reading.segments import find_branches, find_segments
 
 
 def cut(block: type[nn.Module], **options: object) -> nn.Module:
@@ -192,3 +195,155 @@ def test_what_is_refused() -> None:
     plan = revify.plan(plain, plain.example(), unit="branch")
     with pytest.raises(revify.RefusalError, match=r"cuts blocks\.0 into 2 branches, but its forward has 0"):
         revify.convert(net(type("Two", (Parallel,), {})), plan=plan)
+
+
+# What a graph would leave out, or fix for ever
+
+
+class Transposed(Two):
+    """The second branch works on the transpose of the block's input, which is no size of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.one(x)
+        return y + self.two(y) * x.mT.mT
+
+
+class Data(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.one(x)
+        return y + self.two(y) + 0.5 * x.data
+
+
+class SizesAndPlaces(Two):
+    """What tells of the block's input only its size, type and place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.one(x)
+        ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+        return y + self.two(y) * ones / x.ndim
+
+
+class DropsByTorch(Two):
+    """Stochastic depth in the block's own code, for the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or torch.rand(1).item() > 0.5:
+            x = x + self.one(x)
+        return x + self.two(x)
+
+
+class DropsByPython(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = float(random.random() > 0.5) if self.training else 1.0
+        x = x + self.one(x) * scale
+        return x + self.two(x)
+
+
+class DropsByOwnGenerator(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.coins = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x) * float(self.coins.random() > 0.5)
+        return x + self.two(x)
+
+
+class CountsItsCalls(Two):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+class KeepsAHistory(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[object] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._note(x)
+        x = x + self.one(x)
+        return x + self.two(x)
+
+    def _note(self, x: Tensor) -> None:
+        self.shapes.append(x.shape)
+
+
+class AsksForGradients(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x) * (1.0 if torch.is_grad_enabled() else 0.5)
+        return x + self.two(x)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Transposed,
+        Data,
+        DropsByTorch,
+        DropsByPython,
+        DropsByOwnGenerator,
+        CountsItsCalls,
+        KeepsAHistory,
+        AsksForGradients,
+    ],
+)
+def test_what_a_graph_would_not_do_as_the_block_does_stays_one_step(block: type[nn.Module]) -> None:
+    assert find_segments(block(), 0, (0,)) == ()
+    assert find_branches(block(), 0, (0,)) == ()
+
+
+def test_side_effects_happen_as_often_as_in_the_plain_model() -> None:
+    model = cut(CountsItsCalls, bits=1).eval()
+    with torch.no_grad():
+        for _ in range(3):
+            model(*inputs_of(model))
+    assert [block.calls for block in model.blocks] == [3, 3, 3]
+
+
+def test_sizes_types_and_places_are_no_values() -> None:
+    model = cut(SizesAndPlaces, bits=1)
+    assert len(model.revify_plan.stages[0].steps) == 6
+    assert_same_gradients(model, inputs_of(model))
+
+
+class Flagged(Two):
+    """Flags of the block's own and of a child, which decide what its code does."""
+
+    half = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 2
+        self.one.twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        if self.one.twice:
+            y = y + self.one(x)
+        x = x + (0.5 * y if self.half else y) * self.times
+        return x + self.two(x)
+
+
+@pytest.mark.parametrize("flag", ["half", "times", "one.twice"])
+@pytest.mark.parametrize("options", [{"unit": "branch", "bits": 1}, {"streams": "split"}])
+def test_a_flag_that_is_changed_after_conversion_is_refused(flag: str, options: dict[str, object]) -> None:
+    model = converted(lambda: net(Flagged), **options)
+    assert_same_gradients(model, inputs_of(model))
+    path, _, name = flag.rpartition(".")
+    setattr(model.blocks[1].get_submodule(path), name, 3)
+    with pytest.raises(revify.StreamError, match=rf"Flagged\.{flag} is 3, and was .* cut into its branches"):
+        model(*inputs_of(model))
+
+
+def test_segments_that_give_other_values_are_not_used() -> None:
+    """However a cut came about: it is tried with data, and compared with the block."""
+    model = net(Two)
+    paths = [f"blocks.{number}" for number in range(3)]
+    right = {path: find_segments(model.get_submodule(path), 0, (0,)) for path in paths}
+    assert prove(model, model.example(), right) == set(paths)
+    wrong = {path: (segments[0], segments[0]) for path, segments in right.items()}
+    assert prove(model, model.example(), wrong) == set()
