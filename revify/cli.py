@@ -19,6 +19,7 @@ from rich.console import Console
 
 from revify.errors import RevifyError
 from revify.finetuning.recipe import Recipe
+from revify.methods import Options
 from revify.options import make_parser
 
 if TYPE_CHECKING:
@@ -156,8 +157,7 @@ def _create(options: argparse.Namespace) -> Created:
 
 def _conversion(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `revify.convert` that were given."""
-    names = ("predictor", "bits", "grid", "transitions", "unit", "sign", "streams", "coupling")
-    given = {name: getattr(options, name, None) for name in names}
+    given = {name: getattr(options, name, None) for name in Options.__annotations__}
     if given["coupling"] is not None:
         given["coupling"] = _formula(given["coupling"])
     return {name: value for name, value in given.items() if value is not None}

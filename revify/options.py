@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from revify.finetuning.recipe import PRECISIONS, SCHEDULES, Recipe
+from revify.methods import Method, Options
+from revify.option_fields import add_field, describe
 
 _EXAMPLES = {
     "": """
@@ -73,72 +74,74 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_METHOD = describe(Method)
+_RECIPE = describe(Recipe)
+_CONVERSION = tuple(name for name in Options.__annotations__ if name in _RECIPE)  # a fine-tuning run has them, too
+_ELSE = tuple(name for name in Options.__annotations__ if name not in _RECIPE)
+
+_FINETUNING = {
+    "run": (
+        "data",
+        "out",
+        "calibrate",
+        "bits_schedule",
+        "resume",
+        "compare",
+        "epochs",
+        "batch_size",
+        "grad_accum",
+        "mixed_precision",
+        "workers",
+        "seed",
+    ),
+    "learning": (
+        "opt",
+        "lr",
+        "weight_decay",
+        "layer_decay",
+        "sched",
+        "warmup_epochs",
+        "min_lr",
+        "clip_grad",
+        "smoothing",
+    ),
+    "augmentation": (
+        "mixup",
+        "cutmix",
+        "reprob",
+        "auto_augment",
+        "color_jitter",
+        "hflip",
+        "scale",
+        "crop_pct",
+    ),
+}
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name of a timm model, such as vit_tiny_patch16_224")
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--img-size", type=int, metavar="N", help="side of the input image in pixels (default: the model's)"
-    )
-    group.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the data's, or the weights')")
-    group.add_argument("--pretrained", action="store_true", default=None, help="start from timm's weights (network)")
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="start from the weights in a timm checkpoint")
-    group.add_argument(
-        "--model-kwargs",
-        type=_keyword,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="more arguments for timm.create_model, such as depth=24 drop_path_rate=.1",
-    )
-    group = parser.add_argument_group("conversion")
-    group.add_argument(
-        "--bits",
-        type=_bits,
-        metavar="B",
-        help='residue bits per element and block, 0 to 8: memory for fidelity; "auto" with --calibrate',
-    )
-    group.add_argument(
-        "--predictor",
-        metavar="NAME",
-        help="of the previous stream value: identity or midpoint; "
-        "with --calibrate diagonal, lowrank, linear_z, linear or auto",
-    )
-    group.add_argument("--grid", type=int, metavar="Q", help="resolution of the stream's values, 2^-Q")
-    group.add_argument(
-        "--transitions", metavar="MODE", help="what lies outside of the stages: checkpoint (default) or keep"
-    )
-    group.add_argument(
-        "--sign",
-        metavar="NAME",
-        help="of the coupling: positive, balanced (+ − − + over the blocks), or random in training and none in eval mode",
-    )
-    group.add_argument(
-        "--unit", metavar="UNIT", help="what a step is: block, or branch (attention and MLP each on their own)"
-    )
+    for name in ("img_size", "num_classes", "pretrained", "checkpoint"):
+        add_field(group, _RECIPE[name])
+    more = {"type": _keyword, "nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
+    add_field(group, _RECIPE["model_kwargs"], **more)
+    _add_method(parser, "conversion", _CONVERSION)
 
 
-def _add_streams(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--streams",
-        metavar="S",
-        help="full, or split: the halves of the channels are the streams (RevNet); trained anew",
-    )
-    parser.add_argument(
-        "--coupling",
-        metavar="NAME",
-        help="for --streams split: additive, swapped, single, affine, damped or module:function",
-    )
+def _add_method(parser: argparse.ArgumentParser, title: str, names: Sequence[str]) -> None:
+    group = parser.add_argument_group(title)
+    for name in names:
+        add_field(group, _METHOD[name])
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    _add_streams(parser)
+    _add_method(parser, "other functions", _ELSE)
     parser.add_argument("--batch-size", type=_positive, default=2, metavar="N", help="of the example (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to a file, too")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    _add_streams(parser)
+    _add_method(parser, "other functions", _ELSE)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument(
         "--calibrate",
@@ -149,7 +152,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    _add_streams(parser)
+    _add_method(parser, "other functions", _ELSE)
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images per step (default: 8)")
     parser.add_argument(
         "--repeats", type=_positive, default=5, metavar="N", help="timed runs of each form (default: 5)"
@@ -162,55 +165,17 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    run = _Group(parser, "run")
-    run.add(
-        "--data",
-        str,
-        'folder of images: DIR/train and DIR/val, or DIR, each with a folder per class; or "digits"',
-    )
-    run.add("--out", Path, "folder to write to (default: runs/MODEL)", default="")
-    run.add("--calibrate", int, "training images to fit the predictors on first, 0 for none")
-    run.add(
-        "--bits-schedule",
-        _phase,
-        "after so many epochs go on with other bits, predictors fitted again, such as 2:4",
-        nargs="+",
-        metavar="EPOCHS:BITS",
-        default="off",
-    )
-    run.flag("--resume", "continue the run in --out after its last whole epoch")
-    run.flag("--compare", "train the plain and the checkpointed model too, with the same seed and budget")
-    run.add("--epochs", int, "in all")
-    run.add("--batch-size", int, "images per step and process")
-    run.add("--grad-accum", int, "steps per update")
-    run.add("--mixed-precision", str, "precision of the forward pass", choices=PRECISIONS)
-    run.add("--workers", int, "processes that load images (default: up to 4, and 0 for the digits)", default="")
-    run.add("--seed", int, "of everything random")
-    learning = _Group(parser, "learning")
-    learning.add("--opt", str, "timm optimizer")
-    learning.add("--lr", float, "highest learning rate")
-    learning.add("--weight-decay", float, "none for biases and norms")
-    learning.add("--layer-decay", float, "factor of the learning rate from layer to layer below")
-    learning.add("--sched", str, "timm schedule", choices=SCHEDULES)
-    learning.add("--warmup-epochs", int, "of growing learning rate")
-    learning.add("--min-lr", float, "lowest learning rate")
-    learning.add("--clip-grad", float, "largest norm of the gradient")
-    learning.add("--smoothing", float, "of the labels")
-    images = _Group(parser, "augmentation")
-    images.add("--mixup", float, "alpha of mixup, 0 is off")
-    images.add("--cutmix", float, "alpha of cutmix, 0 is off")
-    images.add("--reprob", float, "probability of random erasing")
-    images.add("--auto-augment", str, "timm policy, such as rand-m9-mstd0.5")
-    images.add("--color-jitter", float, "strength")
-    images.add("--hflip", float, "probability of a mirror image (default: 0.5, and 0 for the digits)", default="")
-    images.add(
-        "--scale",
-        float,
-        "least and largest share of the area that a crop takes",
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-    )
-    images.add("--crop-pct", float, "share of the image that validation looks at (default: the model's)", default="")
+    special: dict[str, dict[str, Any]] = {  # Any: arguments of add_argument
+        "out": {"metavar": "DIR", "help": f"{_RECIPE['out'].text.rstrip('.')} (default: runs/MODEL)"},
+        "bits_schedule": {"type": _phase, "nargs": "+", "metavar": "EPOCHS:BITS"},
+        "scale": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")},
+        "sched": {"choices": SCHEDULES},
+        "mixed_precision": {"choices": PRECISIONS},
+    }
+    for title, names in _FINETUNING.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            add_field(group, _RECIPE[name], **special.get(name, {}))
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -219,23 +184,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "measure": ("measure one training step plain, checkpointed and converted", _add_measure),
     "finetune": ("fine-tune a converted model on images, and give the plain model back", _add_finetune),
 }
-
-
-class _Group:
-    """Options that are fields of a Recipe, with its defaults in the help."""
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self._group = parser.add_argument_group(title)
-
-    def add(self, flag: str, kind: Callable[[str], Any], text: str, *, default: str | None = None, **more: Any) -> None:
-        own = {field.name: field.default for field in fields(Recipe)}[flag[2:].replace("-", "_")]
-        note = default if default is not None else "off" if own is None else f"{own}".strip("()").replace(",", "")
-        if "choices" not in more:
-            more.setdefault("metavar", {int: "N", float: "X", Path: "DIR"}.get(kind, "NAME"))  # type: ignore[call-overload]
-        self._group.add_argument(flag, type=kind, help=f"{text} (default: {note})" if note else text, **more)
-
-    def flag(self, flag: str, text: str) -> None:
-        self._group.add_argument(flag, action="store_true", default=None, help=text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -263,12 +211,6 @@ def _keyword(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def _bits(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
-    return text if text == "auto" else int(text)
 
 
 def _phase(text: str) -> tuple[int, int]:
