@@ -13,7 +13,6 @@ plain strict `load_state_dict` needs every name.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from revify.errors import CheckpointError, RevifyError
 from revify.files import File, open_file, write
 from revify.moulds import Bounds, TooLargeError, build, check_architecture, check_sizes
 from revify.plans import Plan
+from revify.reading.copying import copy_tree
 from revify.reading.tracing import meta_copy
 from revify.records import FaultError, printable, shown
 from revify.rewriting.applying import apply_plan
@@ -119,7 +119,7 @@ def load(
         )
     empty = _created(file, "meta") if model is None else meta_copy(model)
     _fit(file, _converted(file, empty))  # before anything is allocated
-    mould = _created(file, "cpu") if model is None else copy.deepcopy(model)
+    mould = _created(file, "cpu") if model is None else copy_tree(model, {}, Tensor.detach)
     converted = _converted(file, mould)
     converted.load_state_dict(file.tensors())
     return converted

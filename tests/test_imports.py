@@ -129,6 +129,7 @@ def test_only_the_rewriting_edits_modules() -> None:
     }
     assert setters == {
         "rewriting/applying.py",
+        "rewriting/replicas.py",
         "planning/branching.py",
         "planning/halving.py",
         "measuring/measuring.py",

@@ -5,7 +5,6 @@ Only one branch's activations then live at a time, not a whole block's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from revify.plans import BlockPlan, Plan, StagePlan
+from revify.reading.copying import copy_tree
 from revify.reading.flows import copy_with_data, device_of, holds_data, with_data
 from revify.reading.observing import Observation
 from revify.reading.segments import Segment, find_segments
@@ -85,7 +85,9 @@ class _Trial:
 
     def __init__(self, block: nn.Module, segments: tuple[Segment, ...]) -> None:
         self.block, self.segments, self.good = block, segments, False
-        self._twin = copy.deepcopy(block, {id(p): p for p in block.parameters()})  # with the buffers as they are now
+        self._twin = copy_tree(
+            block, {id(p): p for p in block.parameters()}, Tensor.detach
+        )  # with the buffers as they are now
         self._devices = _random_devices(block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

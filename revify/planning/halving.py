@@ -9,7 +9,6 @@ what cannot be lifted is refused.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from revify.couplings.parts import SHIPPED, Turn, coupling_name, half_range, tur
 from revify.planning.cuts import find_cuts
 from revify.plans import CUT, LIFTED, NO_PREDICTOR, WHOLE, BlockPlan, BranchPlan, Cut, Plan, Refusal, StagePlan
 from revify.reading.additions import find_joints
+from revify.reading.copying import copy_tree
 from revify.reading.observing import Observation
 from revify.reading.segments import BranchCode, find_branches
 from revify.reading.tracing import Example, Trace, call_with, run_copy
@@ -230,7 +230,7 @@ class _Trial:
 
     def _saved(self, number: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """What autograd saves in a branch, None where it does not give the right half."""
-        block = copy.deepcopy(self.block)
+        block = copy_tree(self.block, {}, Tensor.detach)
         block.__dict__.pop("forward", None)
         cuts = [cut for half in self.plan.split_branches for cut in half.cuts]
         try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from revify.errors import RefusalError, RevifyError
 from revify.plans import Plan
+from revify.reading.copying import is_compiled
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 
@@ -44,6 +45,9 @@ def _wrapper(model: nn.Module) -> str | None:
     compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
     if compiled or any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
         return "compiled with torch.compile, or holds a compiled module"
+    forwards = [path or "the model" for path, m in model.named_modules() if is_compiled(vars(m).get("forward"))]
+    if forwards:
+        return f"compiled with torch.compile in place (the forward of {', '.join(forwards[:3])})"
     if isinstance(model, torch.jit.ScriptModule):
         return "a TorchScript module"
     return None

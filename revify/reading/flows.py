@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify.reading.copying import copy_tree
 from revify.reading.tracing import Example, bare, call_with, each_of
 
 
@@ -63,7 +63,7 @@ def watch_flows(model: nn.Module, example: Example, places: Mapping[str, Place])
 
 def copy_with_data(model: nn.Module) -> nn.Module:
     """The same module tree with the same parameters and buffers of its own, without hooks, in train mode."""
-    return bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+    return bare(copy_tree(model, {id(p): p for p in model.parameters()}, Tensor.detach))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,7 +10,6 @@ The user's model is never run, traced or changed; where operations have no meta 
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revify.errors import RefusalError
+from revify.reading.copying import copy_tree
 
 Result = TypeVar("Result")
 Example = Sequence[Tensor] | Mapping[str, Tensor]  # a model's inputs, by position or by keyword
@@ -64,7 +64,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_without_data(parameter), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _without_data(buffer)
-    return bare(copy.deepcopy(model, memo))
+    return bare(copy_tree(model, memo, lambda kept: _without_data(kept).requires_grad_(kept.requires_grad)))
 
 
 def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Example], Result]) -> Result:
@@ -73,7 +73,7 @@ def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Exam
         with torch.random.fork_rng(devices=[]):  # a model may draw numbers that do not depend on its input
             return work(meta_copy(model), each_of(example, _without_data))
     except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
-        real = bare(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+        real = bare(copy_tree(model, {id(p): p for p in model.parameters()}, Tensor.detach))
         devices = {x.device for x in (*tensors_of(example), *model.parameters()) if x.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=sorted(devices, key=str)):

@@ -6,9 +6,9 @@ of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from itertools import zip_longest
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,20 +17,22 @@ from torch import Tensor, nn
 from revify.couplings.parts import find_coupling, turns
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
+from revify.reading.copying import HOOKS, copy_tree, exchange
 from revify.reading.segments import Segment, find_segments
 from revify.rewriting.branches import chain_rule, make_branches
 from revify.rewriting.cutting import apply_cuts
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
-from revify.runtime.arguments import with_stream
+from revify.rewriting.replicas import Replicator
 from revify.runtime.grid import Grid
 from revify.runtime.halves import Chained
 from revify.runtime.predictors import make_predictor
 from revify.runtime.recomputing import Checkpointed
-from revify.runtime.steps import Step
+from revify.runtime.standing_in import StandIn
+from revify.runtime.steps import Step, Steps
 from revify.runtime.tape import StageRule
 from revify.words import CALIBRATED
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_REPLICATE = "_replicate_for_data_parallel"  # by which nn.DataParallel copies a module
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -39,7 +41,7 @@ def share(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name in HOOKS:
             memo.update({id(hook): hook for hook in getattr(module, name).values()})
-    return copy.deepcopy(model, memo)
+    return copy_tree(model, memo)
 
 
 def apply_plan(
@@ -73,7 +75,7 @@ def apply_plan(
     for checkpoint in plan.checkpointed:
         for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
             module = converted.get_submodule(path)
-            module.forward = Checkpointed(module, path, following)
+            _put(module, Checkpointed(module, path, following, joins=path != checkpoint.path))
     converted.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
     return converted
 
@@ -103,12 +105,27 @@ def copy_forecasts(model: nn.Module, source: nn.Module) -> None:
 def remove_plan(model: nn.Module) -> nn.Module:
     """The plain module tree of a converted model, sharing its parameters and buffers."""
     plain = share(model)
+    forwards: dict[int, Any] = {}
     for module in plain.modules():
-        if isinstance(module.__dict__.get("forward"), Step | Steps | Checkpointed):
+        replicator = vars(module).pop(_REPLICATE, None)
+        if not isinstance(replicator, Replicator):
+            continue
+        stand_in = replicator.stand_in
+        forwards[id(stand_in)] = stand_in.own or MethodType(type(module).forward, module)
+        if vars(module).get("forward") is stand_in:
             del module.forward
-            drop_forecast(module)
+            if stand_in.own:
+                module.forward = stand_in.own
+        drop_forecast(module)
+    exchange(plain, forwards)  # in what was wrapped since
     del plain.revify_plan
     return plain
+
+
+def _put(module: nn.Module, stand_in: StandIn) -> None:
+    """Let a stand-in stand in for the forward of its module."""
+    module.forward = stand_in
+    module.__dict__[_REPLICATE] = Replicator(stand_in)
 
 
 def _install(
@@ -135,7 +152,7 @@ def _install(
             for number, transform in enumerate(_transforms(module, block))
         )
         index += len(steps)
-        module.forward = steps[0] if len(steps) == 1 else Steps(steps)
+        _put(module, steps[0] if len(steps) == 1 else Steps(module, steps))
 
 
 def _rule(stage: StagePlan, grid: Grid) -> StageRule:
@@ -144,8 +161,9 @@ def _rule(stage: StagePlan, grid: Grid) -> StageRule:
 
 def _steps(block: nn.Module) -> tuple[Step, ...]:
     """The steps that stand in for a block's forward."""
-    forward = block.__dict__.get("forward")
-    return forward.steps if isinstance(forward, Steps) else (forward,) if isinstance(forward, Step) else ()
+    replicator = vars(block).get(_REPLICATE)
+    stand_in = replicator.stand_in if isinstance(replicator, Replicator) else None
+    return stand_in.steps if isinstance(stand_in, Steps) else (stand_in,) if isinstance(stand_in, Step) else ()
 
 
 def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
@@ -160,26 +178,7 @@ def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
         apply_cuts(module, tuple(cut for half in block.split_branches for cut in half.cuts), channels)
         own = tuple(next(rest) for _ in block.split_branches)
         branches = make_branches(module, block, rule, index, own)
-        module.forward = Chained(module, rule, index, branches, block.stream)
-
-
-class Steps:
-    """Stands in for the forward of a block that is cut into branches: one step for each.
-
-    Args:
-        steps: in order.
-    """
-
-    def __init__(self, steps: tuple[Step, ...]) -> None:
-        self.steps = steps
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
-        stream = self.steps[0].stream
-        z = self.steps[0](*args, **kwargs)
-        for step in self.steps[1:]:
-            args, kwargs = with_stream(stream, z, args, kwargs)
-            z = step(*args, **kwargs)
-        return z
+        _put(module, Chained(module, rule, index, branches, block.stream))
 
 
 def _transforms(module: nn.Module, block: BlockPlan) -> tuple[Segment | None, ...]:
@@ -204,10 +203,10 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
                 f"{type(model).__name__}: the plan expects a {block.kind} at {block.path}, but there is {kind} there. The "
                 "plan was made for another architecture: make one with revify.plan(model)."
             )
-        if "forward" in vars(modules[block.path]):
+        if "forward" in vars(modules[block.path]) and (block.branch_bytes or block.split_branches):
             raise RefusalError(
-                f"{type(model).__name__}: the forward of {block.path} was replaced on the instance, so revify cannot run "
-                "the block by its class. Put the function into the class, or remove it before converting."
+                f"{type(model).__name__}: the forward of {block.path} was replaced on the instance, so revify cannot cut "
+                'the block by its class. Plan with unit="block", put the function into the class, or take it away.'
             )
     for checkpoint in plan.checkpointed:
         for path in checkpoint.paths:

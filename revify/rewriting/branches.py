@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,12 @@ class Branch(HalfBranch):
         super().__init__()
         self.block, self.code, self.lifted, self.activated = block, code, lifted, activated
         self.turn, self.rule, self.stream, self.scale = turn, rule, stream, scale
+
+    def on(self, block: nn.Module) -> Self:
+        """The same for a copy of the block."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "block": block}
+        return other
 
     def forward(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """f of a half of the channels, in the type it is given; with w·f before it where the coupling scales."""

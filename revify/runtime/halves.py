@@ -12,7 +12,7 @@ every block appends its turns; a `Link` on the value that goes from block to blo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from revify.runtime.links import Link, take_link
 from revify.runtime.numbers import Numbers
 from revify.runtime.replay import version
 from revify.runtime.rewinding import Rewind
+from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
-from revify.runtime.torch_internals import hidden_from_compiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +60,20 @@ class HalfBranch(nn.Module):
 
     turn: Turn
 
+    def on(self, block: nn.Module) -> Self:
+        """The same for a copy of the block."""
+        raise NotImplementedError
+
     def activate(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What a post-activation block does to its sum; y itself for all others."""
         raise NotImplementedError
 
 
-class Chained:
+class Chained(StandIn):
     """Stands in for the forward of one block of a split stage.
 
     Args:
-        block: the module.
+        module: the block.
         rule: of the stage.
         index: which block of the stage.
         branches: its branches, in order.
@@ -77,14 +81,20 @@ class Chained:
     """
 
     def __init__(
-        self, block: nn.Module, rule: ChainRule, index: int, branches: tuple[HalfBranch, ...], stream: int | str
+        self, module: nn.Module, rule: ChainRule, index: int, branches: tuple[HalfBranch, ...], stream: int | str
     ) -> None:
-        self.block, self.rule, self.index, self.branches, self.stream = block, rule, index, branches, stream
+        super().__init__(module, rule.names[index])
+        self.rule, self.index, self.branches, self.stream = rule, index, branches, stream
         self._habits: tuple[dict[str, Habits], ...] = tuple({} for _ in branches)
 
-    @hidden_from_compiler
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
-        x, (args, kwargs) = split_stream(self.stream, self.rule.names[self.index], args, kwargs)
+    def on(self, module: nn.Module) -> Self:
+        """The same for a copy of the block."""
+        other = super().on(module)
+        other.branches = tuple(branch.on(module) for branch in self.branches)
+        return other
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
+        x, (args, kwargs) = split_stream(self.stream, self.name, args, kwargs)
         branch_dtype = stream_dtype(x.dtype) if torch.is_autocast_enabled(x.device.type) else x.dtype
         chain, z = self._take(x, branch_dtype)
         halves = dict(enumerate(self._halves(z)))
@@ -94,7 +104,7 @@ class Chained:
         side = {"args": args, "kwargs": kwargs}
         for index, branch in enumerate(self.branches):
             turn = branch.turn
-            name = f"{self.rule.names[self.index]} ({turn.part.name})"
+            name = f"{self.name} ({turn.part.name})"
             layer = Layer(name, turn.part, {turn.letter: branch}, {turn.letter: side}, self._habits[index])
             after = chain.rewind.forward(layer, tuple(halves[half] for half in turn.before))
             halves = dict(zip(turn.after, after, strict=True))

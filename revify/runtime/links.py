@@ -80,8 +80,8 @@ def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
         raise StreamError(
             f"{name}: its input is not the output of {previous}. Something stands between the two blocks (an "
             "operation, a hook that returns a new tensor, gradient checkpointing), or blocks were skipped, repeated "
-            "or called alone. Remove it, or convert the model as it is called now; revify.revert gives the plain "
-            "blocks back."
+            f"or called alone, or {previous} was replaced by another module after the conversion. Remove it, or convert "
+            "the model as it is called now; revify.revert gives the plain blocks back."
         )
     if version(x) != link.version:
         raise StreamError(

@@ -15,7 +15,7 @@ looks at the branch's output. Both are grid values with a gradient.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,18 @@ class Predictor(Protocol):
     def after(self, t: Tensor) -> Tensor | None:
         """c(T(z[k])): grid values of the same shape, or None where the forecast does not look at T."""
 
+    def on(self, block: nn.Module) -> Self:
+        """The same for a copy of the block."""
 
-class Identity:
+
+class _Fixed:
+    """A forecast that nothing was fitted for."""
+
+    def on(self, block: nn.Module) -> Self:
+        return self
+
+
+class Identity(_Fixed):
     """q(z) = z: the blocks change the stream little (Re2TAL, Zhao et al. 2023, eq. 4)."""
 
     def before(self, z: Tensor) -> Tensor:
@@ -46,7 +56,7 @@ class Identity:
         return None
 
 
-class Midpoint:
+class Midpoint(_Fixed):
     """q(z) = 2z − T(z): the blocks change it by about the same amount twice (leapfrog; BDIA, Zhang et al. 2025)."""
 
     def before(self, z: Tensor) -> Tensor:
@@ -56,7 +66,7 @@ class Midpoint:
         return -t
 
 
-class Zero:
+class Zero(_Fixed):
     """q(z) = 0: what came before is added with a small gain (Dr²Net, Zhao et al. 2024)."""
 
     def before(self, z: Tensor) -> Tensor:
@@ -66,7 +76,7 @@ class Zero:
         return None
 
 
-class Output:
+class Output(_Fixed):
     """q(z) = T(z): the next value is a mean of the block's output and the previous value (IDM, Wang et al. 2025)."""
 
     def before(self, z: Tensor) -> Tensor:
@@ -88,6 +98,9 @@ class Calibrated:
 
     def __init__(self, block: nn.Module, axis: int, grid: Grid) -> None:
         self.block, self.axis, self.grid = block, axis, grid
+
+    def on(self, block: nn.Module) -> Self:
+        return type(self)(block, self.axis, self.grid)
 
     def before(self, z: Tensor) -> Tensor:
         z = self._short(z)

@@ -20,9 +20,9 @@ from revify.runtime.links import Rider
 from revify.runtime.randomness import Draws
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
+from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
-from revify.runtime.torch_internals import hidden_from_compiler
 
 
 class Section(Rider):
@@ -61,33 +61,36 @@ class Section(Rider):
         self._repeats.check_in_the_end()
 
 
-class Checkpointed:
+class Checkpointed(StandIn):
     """Stands in for the forward of a module between the stages.
 
     Args:
         module: the module, as it was.
         name: its path, for errors.
         following: the path of the module that shares its checkpoint and comes next, None where there is none.
+        joins: whether it shares the checkpoint of a module before it; called by itself it is left to ordinary autograd.
     """
 
-    def __init__(self, module: nn.Module, name: str, following: str | None = None) -> None:
-        self.module, self.name, self.following = module, name, following
+    def __init__(self, module: nn.Module, name: str, following: str | None = None, *, joins: bool = False) -> None:
+        super().__init__(module, name)
+        self.following, self.joins = following, joins
         self._habits = Habits()
 
-    @hidden_from_compiler
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
+    def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
         if not saves_nothing():
-            return self._run(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         section = self._section(args, kwargs)
+        if section is None and self.joins:  # the module before it was replaced, or left out: nobody keeps its input
+            return self.plain(*args, **kwargs)
         side = SideInputs.of(args, kwargs) if section is None else SideInputs.of((), {})
         device = next((t.device for t in (*side.tensors(), *args) if isinstance(t, Tensor)), None)
         if device is None:
             raise StreamError(f"{self.name} was called without a tensor, so there is nothing to checkpoint it from.")
         given = None if section is None else args[0]
         section = section or Section()
-        rerun = Rerun(self.name, self._run, self.module, side, self._habits, section.draws, seen=False)
+        rerun = Rerun(self.name, self.plain, self.module, side, self._habits, section.draws, seen=False)
         section.append(rerun, given)
-        output = rerun.first(lambda: self._run(*args, **kwargs), device, section.load)
+        output = rerun.first(lambda: self.plain(*args, **kwargs), device, section.load)
         if self.following and comparable(output):
             section.following, section.version = self.following, version(output)
             output.revify_section = section
@@ -101,6 +104,3 @@ class Checkpointed:
             return None
         section: Section = found[0]
         return section if (section.following, section.version) == (self.name, version(values[0])) else None
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)

@@ -9,29 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from revify.errors import StreamError
-from revify.runtime.arguments import split_stream
+from revify.runtime.arguments import split_stream, with_stream
 from revify.runtime.fingerprints import checksum
 from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs, stream_dtype
 from revify.runtime.links import Link, leave_link, take_link
 from revify.runtime.predictors import Predictor
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
+from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import Entry, StageRule, Tape, saves_nothing
-from revify.runtime.torch_internals import hidden_from_compiler
 
 
-class Step:
+class Step(StandIn):
     """Stands in for the forward of the `index`-th block of a stage.
 
     Args:
-        block: the module, as it was; its own forward is T.
+        module: the block, as it was; its own forward is T.
         rule: what the stage's steps share.
         index: k, counted from 0; the first step is the ordinary block, T alone.
         predictor: q.
@@ -42,7 +42,7 @@ class Step:
 
     def __init__(
         self,
-        block: nn.Module,
+        module: nn.Module,
         rule: StageRule,
         index: int,
         predictor: Predictor,
@@ -50,18 +50,19 @@ class Step:
         transform: Callable[..., Any] | None = None,
         result: int | None = None,
     ) -> None:
-        self.block, self.rule, self.index, self.predictor, self.stream = block, rule, index, predictor, stream
-        self.transform = transform or type(block).forward
-        self.result = result
+        super().__init__(module, rule.names[index])
+        self.rule, self.index, self.predictor, self.stream = rule, index, predictor, stream
+        self.transform, self.result = transform, result
         self._habits = Habits()
 
-    @property
-    def name(self) -> str:
-        return self.rule.names[self.index]
+    def on(self, module: nn.Module) -> Self:
+        """The same for a copy of the block."""
+        other = super().on(module)
+        other.predictor = self.predictor.on(module)
+        return other
 
-    @hidden_from_compiler
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
-        if self.rule.sign == "random" and not self.block.training:
+    def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
+        if self.rule.sign == "random" and not self.module.training:
             return self._plain(args, kwargs)
         x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
@@ -81,12 +82,16 @@ class Step:
         """T alone, under ordinary autograd; if the next block trains (some are frozen), its stream begins anew."""
         x, _ = split_stream(self.stream, self.name, args, kwargs)
         leave_link(x)
-        outputs = self.transform(self.block, *args, **kwargs)
+        outputs = self._transformed(*args, **kwargs)
         value = outputs if self.result is None else outputs[self.result]
         if self.index + 1 < len(self.rule.names) and isinstance(value, Tensor):
             link = Link(Tape(self.rule), self.index + 1, None, None, version(value))
             value.revify_link = link  # type: ignore[attr-defined]
         return outputs
+
+    def _transformed(self, *args: Any, **kwargs: Any) -> Any:
+        """T."""
+        return self.transform(self.module, *args, **kwargs) if self.transform else self.plain(*args, **kwargs)
 
     def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
         """The tape of this forward pass, z[k] and z[k-1]."""
@@ -110,7 +115,7 @@ class Step:
         recorded = saves_nothing()
         if recorded:
             again = SideInputs.of((None, None, coupled, branch_dtype, *args), kwargs)
-            rerun = Rerun(self.name, self._branch, self.block, again, self._habits, tape.draws)
+            rerun = Rerun(self.name, self._branch, self.module, again, self._habits, tape.draws)
             entry = Entry(self.index, coupled, self, rerun, z.requires_grad, z.stride(), checksum(z), sign)
             place = tape.append(z, entry)
             gap, t, late, others = rerun.first(
@@ -156,7 +161,7 @@ class Step:
         else:
             kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
         before = version(z)
-        outputs = self.transform(self.block, *args, **kwargs)
+        outputs = self._transformed(*args, **kwargs)
         others: tuple[Any, ...] = ()
         if self.result is not None and isinstance(outputs, tuple | list) and len(outputs) > self.result:
             others = (*outputs[: self.result], *outputs[self.result + 1 :])
@@ -178,3 +183,31 @@ class Step:
         """a(z[k]), T(z[k]) and c(T(z[k])) once more, without a graph."""
         forecast, t, late, _ = entry.rerun.again(z.detach().requires_grad_(entry.needs_grad), catch=catch)
         return forecast.detach(), t.detach(), None if late is None else late.detach()
+
+
+class Steps(StandIn):
+    """Stands in for the forward of a block that is cut into branches: one step for each.
+
+    Args:
+        module: the block.
+        steps: in order.
+    """
+
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+        super().__init__(module, steps[0].name)
+        self.steps = steps
+
+    def on(self, module: nn.Module) -> Self:
+        """The same for a copy of the block."""
+        other = super().on(module)
+        other.steps = tuple(step.on(module) for step in self.steps)
+        return other
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
+        """All steps."""
+        stream = self.steps[0].stream
+        z: Tensor = self.steps[0].run(*args, **kwargs)
+        for step in self.steps[1:]:
+            args, kwargs = with_stream(stream, z, args, kwargs)
+            z = step.run(*args, **kwargs)
+        return z

@@ -28,6 +28,7 @@ from revify.runtime.guards import Peaks, Repeats
 from revify.runtime.randomness import Draws
 from revify.runtime.replay import version
 from revify.runtime.reruns import Rerun
+from revify.runtime.torch_internals import is_exporting, is_transforming
 
 _plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
 
@@ -36,7 +37,8 @@ _plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
 def plain_backward() -> Iterator[None]:
     """Run converted models in the body under ordinary autograd: same values, all activations saved.
 
-    This is the oracle of revify's own tests, and what a doubtful gradient is to be compared with.
+    This is the oracle of revify's own tests, and what a doubtful gradient is to be compared with. It holds in the thread
+    that enters it (and in the replicas of nn.DataParallel that are made in it); threads of your own must enter it, too.
 
     Example:
         >>> import timm, torch, revify
@@ -51,9 +53,25 @@ def plain_backward() -> Iterator[None]:
         _plain.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether ordinary autograd was asked for, by `plain_backward`."""
+    return _plain.get()
+
+
 def saves_nothing() -> bool:
-    """Whether a call made now is to drop what autograd saves: not without gradients, not in a plain backward."""
-    return torch.is_grad_enabled() and not _plain.get()
+    """Whether a call made now is to drop what autograd saves: not without gradients, in a plain backward or an export.
+
+    Raises:
+        StreamError: a transform of torch.func runs, which takes no hooks on saved tensors.
+    """
+    if not torch.is_grad_enabled() or is_plain() or is_exporting():
+        return False
+    if is_transforming():
+        raise StreamError(
+            "the transforms of torch.func (vmap, grad, jvp, jacrev, …) cannot go through the memory-free backward of a "
+            "converted model. Work under ordinary autograd, `with revify.plain_backward():`, or on revify.revert(model)."
+        )
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""What stands in for the forward of a module: called in its place, and a leaf to whoever reads the model.
+
+A stand-in is an attribute of its module, and runs that module: a copy of the module needs one of its own (`on`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
+
+from torch import nn
+
+from revify.errors import RefusalError
+from revify.runtime.torch_internals import hidden_from_compiler, is_exporting
+
+
+class StandIn:
+    """Stands in for the forward of a module.
+
+    Args:
+        module: the module that it sits in.
+        name: its path, for errors.
+
+    Attributes:
+        own: the forward that the instance had instead of its class's, None where it had none.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.own: Callable[..., Any] | None = vars(module).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
+        tracer = next((t for a in (*args, *kwargs.values()) if (t := getattr(a, "tracer", None)) is not None), None)
+        if tracer is not None:  # torch.fx reads the model: it sees a leaf, which runs as ever in what it makes
+            return tracer.create_proxy("call_module", tracer.path_of_module(self.module), args, kwargs)
+        if is_exporting():
+            return self.run(*args, **kwargs)
+        return self._hidden(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward as the plan has it."""
+        raise NotImplementedError
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward as it was."""
+        return self.own(*args, **kwargs) if self.own else type(self.module).forward(self.module, *args, **kwargs)
+
+    def on(self, module: nn.Module) -> Self:
+        """The same for a copy of the module."""
+        other = copy.copy(self)
+        other.module = module
+        return other
+
+    @hidden_from_compiler
+    def _hidden(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    @property
+    def _torchscript_modifier(self) -> NoReturn:
+        """What torch.jit.script asks first of all."""
+        raise RefusalError(
+            f"{self.name}: torch.jit.script compiles the source of a forward, and a converted block has none of its own. "
+            "Script the plain model, torch.jit.script(revify.revert(model)), or trace the converted one: "
+            "torch.jit.trace(model.eval(), inputs)."
+        )
