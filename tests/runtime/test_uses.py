@@ -44,7 +44,7 @@ def test_a_value_of_one_stage_is_the_input_of_another(
 ) -> None:
     model = converted(lambda: Fork(side_first), bits=2, unit=unit)
     found = [[block.path for block in stage.blocks] for stage in model.revify_plan.stages]
-    assert len(found) == 2
+    assert len(found) > 1
     assert sum(map(len, found)) == 7
     assert_same_gradients(model, inputs_of(model), autocast=autocast)
 
