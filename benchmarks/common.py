@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class Results:
         self.say(f"$ {command}")
         self.say(f"{datetime.date.today()}, {describe(device)}, {torch.get_num_threads()} threads")
         self.say(
-            f"revify {revify.__version__}, torch {torch.__version__}, timm {timm.__version__}, "
+            f"revify {revify.__version__} ({commit()}), torch {torch.__version__}, timm {timm.__version__}, "
             f"Python {platform.python_version()}\n"
         )
         self.say(self._aligned(list(self.columns)))
@@ -81,6 +82,17 @@ class Results:
             writer.writeheader()
             writer.writerows(self.rows)
         return int(self.failed > 0)
+
+
+def commit() -> str:
+    """The commit that is measured, and whether the package differs from it."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "revify", "benchmarks/*.py"], check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "no git checkout"
+    return f"commit {name.strip()}{', changed since' if changed.returncode else ''}"
 
 
 def _number(text: str) -> int | float | str:

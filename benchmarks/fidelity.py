@@ -4,7 +4,7 @@
 
 Calibration images come from the training split, the figures from the test split (CIFAR-10) or the validation photos
 (flowers). "identity" has the balanced signs of γ that are its default, "identity +" always γ > 0. The ridge of the fits
-has no lower limit here (--ridge 0): it is the present network that counts. Writes benchmarks/results/NAME.csv, .txt and .png.
+has no lower limit here (--ridge 0): it is the present network that counts. Writes benchmarks/results/NAME.csv and .txt.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="fidelity", help="of the result file")
+    parser.add_argument("--picture", action="store_true", help="also draw results/NAME.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     columns = {"model": 10, "predictor": 10, "form": 10, "bits": 4, "score": 8, "of original": 11, "seconds": 7}
@@ -96,7 +97,8 @@ def main() -> int:
                 mean = sum(coupled) / len(coupled)
                 results.row(name, predictor, form, mean, value, value / original, round(seconds))
                 results.write()
-    draw(results, args.models)
+    if args.picture:
+        draw(results, args.models)
     return results.write()
 
 

@@ -7,7 +7,7 @@ worse at first; the ViT-S learns five kinds of flowers. Every method sees the sa
 Arrows are schedules: the predictors are fitted again on the way, with other bits; at 4 bits the model is nearly the plain
 one, so that little changes when it is reverted. Accuracy converted and after `revert`; memory of one step (exact); the
 median step time (of runs one after the other, so compare with care).
-Writes benchmarks/results/finetuning.csv and .txt after every run, and finetuning.png.
+Writes benchmarks/results/finetuning.csv and .txt after every run.
 """
 
 from __future__ import annotations
@@ -277,6 +277,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="finetuning", help="of the result files")
     parser.add_argument("--resume", action="store_true", help="keep the rows of results/NAME.csv, run what is missing")
+    parser.add_argument("--picture", action="store_true", help="also draw results/NAME.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scores = ("accuracy", "reverted", "loss", "lossrev", "peak MiB", "step s")
@@ -296,7 +297,8 @@ def main() -> int:
                 run(results, name, method, subject, seed, memory(method))
                 results.write()
         summarise(results, name, args.methods)
-    draw(results, args.methods)
+    if args.picture:
+        draw(results, args.methods)
     return results.write()
 
 

@@ -15,6 +15,12 @@ def printed_by(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def test_your_own_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = printed_by("your_own_loop", capsys)
+    assert "the plain VisionTransformer reads" in line
+    assert int(line.partition("reads ")[2].partition("%")[0]) > 60
+
+
 def test_torchvision_models(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchvision")
     lines = printed_by("torchvision_models", capsys)
