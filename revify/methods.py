@@ -59,7 +59,7 @@ class Method:
             there are images).
         bits: residue bits per element and step, 0 to 8: each costs b/8 byte and halves the change of the function; by
             default 4. With images also auto, then the default: the fewest in each block that keep the model's output.
-        sign: of γ = ±2^-bits: balanced, + − − + over the steps, so that changes of neighbours cancel (the default for
+        sign: of γ = ±2^-bits: balanced, − + + − over the steps, so that changes of neighbours cancel (the default for
             identity with bits); positive (the default for all else); or random, for each sample and step in training,
             so that the change is zero on average, and the plain blocks in eval mode.
         unit: what one step is: block, or branch, which makes each residual addition of a pre-norm block a step of its

@@ -12,6 +12,7 @@ from revify.words import CALIBRATED
 if TYPE_CHECKING:
     from revify.plans import BlockPlan, Plan, StagePlan
 
+_PATTERN = re.compile(r"[+-]{1,4096}")
 _COUPLING = re.compile(r"[\w.<>]+(:[\w.<>]+)?")
 
 
@@ -40,6 +41,8 @@ def stage_faults(stage: StagePlan) -> Iterator[str]:
         yield "its channel axis is missing"
     elif stage.axis is not None and stage.predictor == "lowrank" and not 1 <= stage.rank <= stage.shape[stage.axis]:
         yield f"its rank is {stage.rank}, but it has {stage.shape[stage.axis]} channels"
+    if not _PATTERN.fullmatch(stage.pattern):
+        yield "its pattern of signs is not made of + and -"
     if stage.predictor != "lowrank" and stage.rank:
         yield "only a low-rank predictor has a rank"
 

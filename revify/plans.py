@@ -18,7 +18,7 @@ from revify.reading.roles import Shortcut
 from revify.records import STORED, Among, FaultError, Prose, Range, parse, plain, read, shown
 from revify.runtime.grid import Grid
 from revify.tables import draw_plan
-from revify.words import CALIBRATED, FIXED, MAX_BITS, MAX_GRID, SIGNS
+from revify.words import CALIBRATED, FIXED, FORMERLY_BALANCED, MAX_BITS, MAX_GRID, SIGNS
 
 FORMAT = 1
 
@@ -141,13 +141,14 @@ class StagePlan:
         stream_bytes: of one stream value.
         bits: residue bits per element and step, 0…8, of the blocks that say nothing else.
         predictor: of the previous stream value.
-        sign: of γ: "positive"; "balanced", + − − + over the steps; "random" in training, and plain blocks in eval mode.
+        sign: of γ: "positive"; "balanced", by the pattern; "random" in training, and plain blocks in eval mode.
         axis: which axis of the stream is the channels', None where that could not be found.
         rank: of a low-rank predictor, else 0.
         deviation: relative error of the model's output on the calibration data with the stages up to this one
             converted, None where it was not measured.
         coupling: where the stage is split into two streams, the name of their coupling, else "".
         grid: resolution of its grid, None where it is that of the plan.
+        pattern: of balanced signs: + or - for each coupled step, begun anew where it is shorter than the stage.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -162,6 +163,7 @@ class StagePlan:
     deviation: Annotated[float, Range(0, float("inf"))] | None = None
     coupling: str = ""
     grid: Annotated[int, Range(0, MAX_GRID)] | None = None
+    pattern: str = FORMERLY_BALANCED
 
     @property
     def element_bytes(self) -> int:

@@ -15,7 +15,7 @@ from revify.records import printable
 if TYPE_CHECKING:
     from revify.plans import Plan, Refusal, StagePlan
 
-SIGNS = {"positive": "", "balanced": " +−−+", "random": " ±"}  # of γ, behind the predictor
+SIGNS = {"positive": "", "balanced": " {pattern}", "random": " ±"}  # of γ, behind the predictor
 
 
 def draw_plan(plan: Plan) -> str:
@@ -37,7 +37,8 @@ def _row(number: int, stage: StagePlan, plan: Plan) -> tuple[str, ...]:
     if stage.coupling:
         ways = Counter(half.how for block in stage.blocks for half in block.split_branches)
         cut = f", branches: {', '.join(f'{count} {way}' for way, count in ways.items())}"
-    forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{SIGNS[stage.sign]}"
+    signs = SIGNS[stage.sign].format(pattern=stage.pattern.replace("-", "−"))
+    forecast = f"{stage.predictor}{f' {stage.rank}' if stage.rank else ''}{signs}"
     return (
         str(number),
         printable(f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})"),

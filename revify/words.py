@@ -7,6 +7,8 @@ from typing import Literal
 FIXED = ("identity", "midpoint", "zero", "output")
 CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
 SIGNS = ("positive", "balanced", "random")
+BALANCED = "-++-"  # balanced signs of new plans, over the coupled steps of each stage
+FORMERLY_BALANCED = "+--+"  # those of plans that do not say
 MAX_BITS = 8  # the residue of one element fits one byte while it is being packed
 DEFAULT_GRID = 12  # ±4096 in float32
 SHORT_GRID = 20  # the finest of which float32 still holds a useful range, ±16

@@ -21,7 +21,7 @@ from revify.plans import BlockPlan, Plan, StagePlan
 from revify.reading.observing import observe
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
-from revify.words import DEFAULT_GRID, SHORT_GRID
+from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
 
 
 def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
@@ -86,5 +86,6 @@ def _stage_plan(stage: Stage, method: Method, axis: int | None) -> StagePlan:
         bits=method.first_bits,
         predictor=method.first_predictor,
         sign=method.first_sign,
+        pattern=BALANCED,
         axis=axis,
     )

@@ -156,7 +156,7 @@ def _install(
 
 
 def _rule(stage: StagePlan, grid: Grid) -> StageRule:
-    return StageRule(stage.steps, stage.step_bits, grid, stage.sign)
+    return StageRule(stage.steps, stage.step_bits, grid, stage.sign, stage.pattern)
 
 
 def _steps(block: nn.Module) -> tuple[Step, ...]:

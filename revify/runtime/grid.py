@@ -148,9 +148,9 @@ def random_signs(z: Tensor) -> Tensor:
     return (coins * 2 - 1).to(z)
 
 
-def balanced_sign(index: int) -> float | None:
-    """+ − − + + − − … over the coupled steps 1, 2, …: damage that changes evenly with depth cancels. None stands for +1."""
-    return -1.0 if index // 2 % 2 else None
+def balanced_sign(index: int, pattern: str) -> float | None:
+    """The sign of coupled step 1, 2, …, from a pattern of + and − that is repeated. None stands for +1."""
+    return -1.0 if pattern[(index - 1) % len(pattern)] == "-" else None
 
 
 def gain(bits: int, sign: Sign) -> Tensor | float | None:

@@ -140,7 +140,7 @@ class Step(StandIn):
     def _sign(self, z: Tensor) -> Sign:
         if self.rule.sign == "random":
             return random_signs(z)
-        return balanced_sign(self.index) if self.rule.sign == "balanced" else None
+        return balanced_sign(self.index, self.rule.pattern) if self.rule.sign == "balanced" else None
 
     def _branch(
         self,

@@ -29,6 +29,7 @@ from revify.runtime.randomness import Draws
 from revify.runtime.replay import version
 from revify.runtime.reruns import Rerun
 from revify.runtime.torch_internals import is_exporting, is_transforming
+from revify.words import BALANCED
 
 _plain: ContextVar[bool] = ContextVar("revify_plain_backward", default=False)
 
@@ -82,14 +83,16 @@ class StageRule:
         names: the blocks' paths, in order.
         bits: residue bits b of each step; the gain is γ = 2^-b.
         grid: the grid of the stream.
-        sign: of γ: "positive"; "balanced", + − − + + over the steps; "random" for each sample and step while training, and
-            no coupling at all in eval mode.
+        sign: of γ: "positive"; "balanced", by the pattern; "random" for each sample and step while training, and no
+            coupling at all in eval mode.
+        pattern: of balanced signs, + and - for the coupled steps, repeated.
     """
 
     names: tuple[str, ...]
     bits: tuple[int, ...]
     grid: Grid
     sign: str = "positive"
+    pattern: str = BALANCED
 
 
 @dataclass(slots=True)
