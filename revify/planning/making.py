@@ -17,8 +17,8 @@ from revify.planning.halving import split_stages
 from revify.planning.refusals import find_refusals
 from revify.planning.stages import Stage, channel_axis, find_runs
 from revify.planning.transitions import find_checkpoints
-from revify.plans import BlockPlan, Plan, StagePlan
-from revify.reading.observing import observe
+from revify.plans import BlockPlan, Plan, Refusal, StagePlan
+from revify.reading.draws import drawing, observe_passes
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
 from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
@@ -35,9 +35,12 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     Raises:
         RefusalError: the coupling has no inverse, or cannot be parted into single branches.
     """
-    observation, graph = observe(model, example), follow(model, example)
+    passes = observe_passes(model, example)
+    observation = passes.fullest
+    with drawing(passes.share):
+        graph = follow(model, example)
     modules = dict(model.named_modules())
-    blocks = find_blocks(observation, graph, modules)
+    blocks = tuple(b for b in find_blocks(observation, graph, modules) if b.call.path not in passes.skipped)
 
     def planned(stage: Stage) -> StagePlan:
         return _stage_plan(stage, method, None)
@@ -54,7 +57,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         transitions=method.transitions,
         stages=tuple(_stage_plan(stage, method, channel_axis(stage, observation, modules)) for stage in stages),
         checkpointed=(),
-        refusals=find_refusals(observation, graph, blocks, stages, modules),
+        refusals=_explained(find_refusals(observation, graph, blocks, stages, modules), passes.skipped),
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
@@ -67,8 +70,16 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     elif method.unit == "branch":
         plan = cut_blocks(plan, model, example, observation)
     if plan.stages and method.transitions == "checkpoint":
-        plan = replace(plan, checkpointed=find_checkpoints(observation, plan))
+        always = (c for c in find_checkpoints(observation, plan) if passes.skipped.isdisjoint(c.paths))
+        plan = replace(plan, checkpointed=tuple(always))
     return plan
+
+
+def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[Refusal, ...]:
+    """The refusals, with the reason of modules that not every forward pass calls."""
+    reason = "is not called in every forward pass: random numbers decide about it (LayerDrop, stochastic depth of its caller)"
+    remedy = "set that probability to 0, or let the block itself return its input (DropPath)"
+    return tuple(Refusal(r.path, reason, remedy) if r.path in skipped else r for r in refusals)
 
 
 def _stage_plan(stage: Stage, method: Method, axis: int | None) -> StagePlan:
