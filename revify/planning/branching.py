@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.reading.copying import copy_tree
-from revify.reading.flows import copy_with_data, device_of, holds_data, with_data
+from revify.reading.flows import device_of, holds_data, with_data
 from revify.reading.observing import Observation
 from revify.reading.segments import Segment, find_segments
-from revify.reading.tracing import Example, call_with, each_of, meta_copy
+from revify.reading.tracing import Example, call_with, copy_with_data, each_of, meta_copy
 from revify.runtime.arguments import with_stream
 
 

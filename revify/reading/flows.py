@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify.reading.copying import copy_tree
-from revify.reading.tracing import Example, bare, call_with, each_of
+from revify.reading.tracing import Example, call_with, copy_with_data, each_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,6 @@ def watch_flows(model: nn.Module, example: Example, places: Mapping[str, Place])
         torch.manual_seed(0)
         call_with(copied, with_data(example, device))
     return {path: Flow(*(float(number) for number in numbers)) for path, numbers in found.items()}
-
-
-def copy_with_data(model: nn.Module) -> nn.Module:
-    """The same module tree with the same parameters and buffers of its own, without hooks, in train mode."""
-    return bare(copy_tree(model, {id(p): p for p in model.parameters()}, Tensor.detach))
 
 
 def device_of(model: nn.Module) -> torch.device:

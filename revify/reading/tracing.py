@@ -22,6 +22,7 @@ from revify.errors import RefusalError
 from revify.reading.copying import copy_tree
 
 Result = TypeVar("Result")
+MAY_CHANGE = 2**20  # elements of a parameter, up to which a run of a copy has its own
 Example = Sequence[Tensor] | Mapping[str, Tensor]  # a model's inputs, by position or by keyword
 
 
@@ -67,13 +68,21 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return bare(copy_tree(model, memo, lambda kept: _without_data(kept).requires_grad_(kept.requires_grad)))
 
 
+def copy_with_data(model: nn.Module) -> nn.Module:
+    """The same module tree with data of its own, without hooks, in train mode; large parameters are shared.
+
+    What a module changes when it runs (running statistics, a codebook, norms that the first batch sets) is not large.
+    """
+    return bare(copy_tree(model, {id(p): p for p in model.parameters() if p.numel() > MAY_CHANGE}, Tensor.detach))
+
+
 def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Example], Result]) -> Result:
     """Do something to a copy of the model without data, or to one with data where an operation needs them."""
     try:
         with torch.random.fork_rng(devices=[]):  # a model may draw numbers that do not depend on its input
             return work(meta_copy(model), each_of(example, _without_data))
     except Exception as on_meta:  # any operation may lack a meta kernel; the real run below decides
-        real = bare(copy_tree(model, {id(p): p for p in model.parameters()}, Tensor.detach))
+        real = copy_with_data(model)
         devices = {x.device for x in (*tensors_of(example), *model.parameters()) if x.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=sorted(devices, key=str)):

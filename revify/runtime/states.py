@@ -126,7 +126,7 @@ class State:
                     if now != watched.version and not watched.written:
                         watched.lost = True
                         self._habits.changed.add(watched.place)
-                elif self._changed(watched, now):
+                elif now != watched.version or self._differs(watched):
                     self._habits.changed.add(watched.place)
                 elif watched.place not in self._habits.changed:
                     watched.before = None
@@ -134,12 +134,13 @@ class State:
         self._generators = [(g, state) for g, state in self._generators if not torch.equal(state, g.get_state())]
         self._habits.known = True
 
-    def _changed(self, watched: Watched, now: int) -> bool:
-        """Whether the run changed its values; on another device only the first run of all waits for the answer."""
+    def _differs(self, watched: Watched) -> bool:
+        """Whether the run changed values without counting; on another device only the first run of all waits to know."""
         assert watched.before is not None  # as the caller asked
-        if watched.tensor.device.type == "cpu" or not self._habits.known:
-            return watched.before.shape != watched.tensor.shape or not torch.equal(watched.before, watched.tensor)
-        return now != watched.version
+        waits = watched.tensor.device.type == "cpu" or not self._habits.known
+        return waits and (
+            watched.before.shape != watched.tensor.shape or not torch.equal(watched.before, watched.tensor)
+        )
 
     def moved(self) -> list[Watched]:
         """What is not as it was at the run: changed in place since, or by the run itself without a copy of what it was."""
