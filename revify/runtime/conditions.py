@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from revify.runtime.randomness import Draws, KeptState, random_numbers, random_states
+from revify.runtime.randomness import Draws, KeptSeed, KeptState, random_numbers, random_states
 from revify.runtime.settings import Settings
 from revify.runtime.states import Habits, State
 
@@ -41,7 +41,7 @@ class Conditions:
     state: State
     settings: Settings
     autocast: tuple[Autocast, ...]
-    random: dict[torch.device, KeptState] = field(default_factory=dict)
+    random: dict[torch.device, KeptState | KeptSeed] = field(default_factory=dict)
 
     @classmethod
     @contextmanager

@@ -1,7 +1,9 @@
 """The states of random number generators, kept so that many of them take little memory.
 
-The state of the CPU's generator has 5 kB, of which a module that draws a few numbers changes a few bytes: the states of one
-forward pass are kept as one of them and what differs from it.
+The state of the CPU's generator has 5 kB, too much to be held for every block. So a block of a stage that trains draws from
+the generator as seeded with a number that follows from its state (`own_numbers`, in whatever way a backward comes), and
+only this seed is held. Elsewhere the states of one forward pass are held as one of them and what differs from it, which
+is little after a few numbers. On a GPU a state is a seed and an offset anyway.
 """
 
 from __future__ import annotations
@@ -14,6 +16,17 @@ import torch
 from torch import Tensor
 
 FEW = 64  # differing bytes, up to which a state is kept as what differs
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSeed:
+    """A generator's state just after it was seeded."""
+
+    seed: int
+
+    def whole(self) -> Tensor:
+        """The state."""
+        return torch.Generator().manual_seed(self.seed).get_state()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +57,12 @@ class Draws:
     def __init__(self) -> None:
         self._base: dict[torch.device, Tensor] = {}
 
-    def keep(self, device: torch.device, state: Tensor) -> KeptState:
+    def keep(self, device: torch.device, state: Tensor) -> KeptState | KeptSeed:
         """Keep the state of a device's generator."""
+        if device.type == "cpu":
+            seeded = KeptSeed(torch.initial_seed())
+            if torch.equal(seeded.whole(), state):
+                return seeded
         base = self._base.get(device)
         if base is not None and base.shape == state.shape:
             places = (base != state).nonzero().flatten()
@@ -53,6 +70,32 @@ class Draws:
                 return KeptState(base, tuple(places.tolist()), bytes(state[places].tolist()))
         self._base[device] = state
         return KeptState(state)
+
+
+@contextmanager
+def own_numbers(*, draws: bool) -> Iterator[None]:
+    """Let the body draw from the CPU's generator as seeded with a number that follows from its state.
+
+    Args:
+        draws: whether the body may draw at all; if it does not, the generator is as it was.
+    """
+    if not draws:
+        yield
+        return
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(_seed_from(before))
+    seeded = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        if torch.equal(torch.get_rng_state(), seeded):
+            torch.set_rng_state(before)
+
+
+def _seed_from(state: Tensor) -> int:
+    """A number of 32 bits that changes with every draw."""
+    words = state.view(torch.int64)  # the second counts the draws from those that follow
+    return (int(words.sum()) + 2654435761 * int(words[1])) % 2**32
 
 
 def random_states(device: torch.device) -> dict[torch.device, Tensor]:
@@ -64,7 +107,7 @@ def random_states(device: torch.device) -> dict[torch.device, Tensor]:
 
 
 @contextmanager
-def random_numbers(states: Mapping[torch.device, KeptState]) -> Iterator[None]:
+def random_numbers(states: Mapping[torch.device, KeptState | KeptSeed]) -> Iterator[None]:
     """Draw from the given states, then put the generators back to where they were."""
     before: dict[torch.device, Tensor] = {}
     for device in states:

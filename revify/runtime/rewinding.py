@@ -30,7 +30,7 @@ from revify.runtime.guards import Drifts, Peaks, Repeats
 from revify.runtime.layers import Layer, Values, operands
 from revify.runtime.numbers import Numbers
 from revify.runtime.passages import Named, Passage, place, sample
-from revify.runtime.randomness import Draws
+from revify.runtime.randomness import Draws, own_numbers
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
 from revify.runtime.states import Habits
@@ -130,24 +130,19 @@ class Rewind:
         passage = self._passages[k]
         layer, given = passage.layer, [values[name] for name in operands(step)]
         side = dict(layer.sides.get(step.branch, {}))
-        if not self.recorded:
-            return layer.call(step, self.numbers, *given, **side)
-        run = partial(layer.call, step, self.numbers)
         branch = layer.branches[step.branch]
-        rerun = Rerun(
-            f"{layer.name}, branch {step.branch}",
-            run,
-            branch,
-            SideInputs.of((), side),
-            layer.habits.setdefault(step.branch, Habits()),
-            self._draws,
-            exact=self.numbers.grid is not None,
-        )
+        if not self.recorded:
+            with own_numbers(draws=branch.training):
+                return layer.call(step, self.numbers, *given, **side)
+        run = partial(layer.call, step, self.numbers)
+        name, again = f"{layer.name}, branch {step.branch}", SideInputs.of((), side)
+        habits = layer.habits.setdefault(step.branch, Habits())
+        rerun = Rerun(name, run, branch, again, habits, self._draws, exact=self.numbers.grid is not None)
         passage.reruns[step.results] = rerun
         device = given[0].device if given else values[layer.coupling.forward.inputs[0]].device
-        results: tuple[Tensor, ...] = rerun.first(
-            lambda: run(*given, **side), device, partial(self._load_call, k, step)
-        )
+        load = partial(self._load_call, k, step)
+        with own_numbers(draws=branch.training):
+            results: tuple[Tensor, ...] = rerun.first(lambda: run(*given, **side), device, load)
         return results
 
     def _shifts(self, passage: Passage, step: Apply) -> bool:

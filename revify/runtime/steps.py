@@ -20,6 +20,7 @@ from revify.runtime.fingerprints import checksum
 from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs, stream_dtype
 from revify.runtime.links import Link, leave_link, take_link
 from revify.runtime.predictors import Predictor
+from revify.runtime.randomness import own_numbers
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
 from revify.runtime.standing_in import StandIn
@@ -113,18 +114,21 @@ class Step(StandIn):
         coupled = older is not None
         sign = self._sign(z) if coupled else None
         recorded = saves_nothing()
+        numbers = own_numbers(draws=self.module.training)
         if recorded:
             again = SideInputs.of((None, None, coupled, branch_dtype, *args), kwargs)
             rerun = Rerun(self.name, self._branch, self.module, again, self._habits, tape.draws)
             entry = Entry(self.index, coupled, self, rerun, z.requires_grad, z.stride(), checksum(z), sign)
             place = tape.append(z, entry)
-            gap, t, late, others = rerun.first(
-                lambda: self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs),
-                z.device,
-                partial(tape.load, place),
-            )
+            with numbers:
+                gap, t, late, others = rerun.first(
+                    lambda: self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs),
+                    z.device,
+                    partial(tape.load, place),
+                )
         else:
-            gap, t, late, others = self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs)
+            with numbers:
+                gap, t, late, others = self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs)
         value, residue = t, None
         if coupled:
             value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign)
