@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
-from revify.calibration.calibrating import fit_plan
+from revify.calibration.batches import Data, batches_of
+from revify.calibration.calibrating import RIDGE, TOLERANCE, Progress, fit_plan
 from revify.couplings.formulas import Formula
-from revify.errors import RefusalError
+from revify.errors import RefusalError, RevifyError
 from revify.methods import Method, Options
 from revify.planning.inputs import Example, check_model, example_inputs
 from revify.planning.making import make_plan
@@ -65,7 +66,12 @@ def convert(
     example: Example = None,
     *,
     plan: Plan | None = None,
-    calibration: Tensor | Iterable[Any] | None = None,
+    calibration: Data | None = None,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    ridge: float = RIDGE,
+    trainable: bool = False,
+    progress: Progress | None = None,
     method: Method | None = None,
     couplings: Iterable[Formula] = (),
     **options: Unpack[Options],
@@ -82,9 +88,15 @@ def convert(
 
     Args:
         model: the plain model.
-        example: as for `plan`; without it, where the calibration images are one batch, two of them.
+        example: as for `plan`; without it, two of the calibration images.
         plan: do exactly this plan; the other options are then those of the plan, but for what is fitted.
-        calibration: images for `calibrate`, which fits the predictors; a batch [n, …] or an iterable of batches.
+        calibration: images for `calibrate`, which fits the predictors; a batch [n, …], a dictionary of keyword inputs, or an
+            iterable of batches, such as a DataLoader.
+        rank: with calibration, as for `calibrate`, like the next four.
+        tolerance: for bits="auto".
+        ridge: 0 suits the network as it is best, the default what training makes of it.
+        trainable: hold what was fitted as parameters.
+        progress: called with a line of text now and then.
         method: as for `plan`.
         couplings: formulas of your own that a given plan names, if it was read from JSON, which keeps names only.
         options: as for `plan`; with images, predictor and bits are "auto" where nothing else is said.
@@ -101,17 +113,24 @@ def convert(
     """
     check_model(model)
     asked = Method.of(method, **options).settled(with_images=calibration is not None)
+    if calibration is None and (rank, tolerance, ridge, trainable, progress) != (None, TOLERANCE, RIDGE, False, None):
+        raise RevifyError(
+            "rank, tolerance, ridge, trainable and progress are for predictors that are fitted: give calibration=, too."
+        )
+    batches = [] if calibration is None else batches_of(model, calibration)
     if plan is None:
-        images = calibration[:2] if isinstance(calibration, Tensor) else None
-        plan = make_plan(model, example_inputs(model, images if example is None else example), asked)
+        shown = batches[0].example if example is None and batches else example
+        plan = make_plan(model, example_inputs(model, shown), asked)
     elif couplings := tuple(couplings):
         plan = replace(plan, couplings=couplings)
     if not plan.stages:
         raise _nothing_to_convert(model, plan)
-    if calibration is None:
+    if not batches:
         return apply_plan(model, plan)
-    plan, forecasts = fit_plan(model, plan, calibration, asked)
-    return apply_plan(model, plan, forecasts=forecasts)
+    plan, forecasts = fit_plan(
+        model, plan, batches, asked, rank=rank, tolerance=tolerance, ridge=ridge, progress=progress
+    )
+    return apply_plan(model, plan, forecasts=forecasts, trainable=trainable)
 
 
 def revert(model: nn.Module) -> nn.Module:

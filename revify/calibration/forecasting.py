@@ -35,12 +35,12 @@ def with_form(stage: StagePlan, predictor: str, rank: int | None, channels: int,
 def multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
     """What the block costs per element of its stream."""
     with FlopCounterMode(display=False) as counter:
-        run_block(block, planned.stream, walk.original, walk.sides[planned.path])
+        run_block(block, planned, walk.original, walk.sides[planned.path])
     return counter.get_total_flops() / 2 / walk.z.numel()
 
 
 def fit_block(
-    stage: StagePlan, bits: int, walks: list[Walk], weights: Tensor, grid: Grid, ridge: float
+    stage: StagePlan, path: str, bits: int, walks: list[Walk], grid: Grid, ridge: float
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The tensors of one block's forecast at these bits, and the stream values that follow."""
     assert stage.axis is not None  # the caller asked
@@ -54,7 +54,7 @@ def fit_block(
         for half, part in enumerate(sums):
             rows = slice((half + images) % 2, None, 2)
             x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
-            part.add(x, by_position(goal[rows], axis), weights.repeat(len(x) // len(weights)))
+            part.add(x, by_position(goal[rows], axis), walk.importance[path].of(len(x)))
         images += len(walk.z)
     tensors = _forecast(sums, stage, channels, walks[0].z.device, ridge)
     holder = nn.Module()
@@ -68,12 +68,13 @@ def fit_block(
     return tensors, following
 
 
-def added_damage(walks: list[Walk], following: list[Tensor], energy: float) -> float:
+def added_damage(walks: list[Walk], following: list[Tensor], path: str) -> float:
     """The deviation of the output that a step adds to what the steps before it did, to first order."""
-    left = came = 0.0
+    left = came = energy = 0.0
     for walk, z in zip(walks, following, strict=True):
         left += float((z - walk.aim).double().square().sum())
         came += float((walk.t - walk.aim).double().square().sum())
+        energy += walk.importance[path].energy / len(walks)
     return energy**0.5 * (left**0.5 - came**0.5)
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify.calibration.batches import Batch, Signature, main_output
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.rewriting.applying import apply_plan
 
+LOOK = 8  # samples on which it is found what the output depends on
 FLOOR = 0.1  # what a position counts at least, where the average counts 1
 
 Side = tuple[tuple[Any, ...], dict[str, Any]]  # Any: side inputs are of every type
@@ -31,16 +33,16 @@ class Survey:
     """What the original does with each batch.
 
     Args:
-        outputs: what it returns.
+        outputs: what counts of what it returns.
         arrived: what enters each stage, by the path of its first block.
         sides: the arguments of each block besides the stream, by path.
-        importance: how much each block's output counts, by path.
+        importance: for each, how much each block's output counts, by path; batches of the same shapes share it.
     """
 
-    outputs: list[Any]  # Any: models return what they like
+    outputs: list[Tensor]
     arrived: list[dict[str, Tensor]]
     sides: list[dict[str, Side]]
-    importance: dict[str, Importance]
+    importance: list[dict[str, Importance]]
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class Walk:
         z: z[k].
         original: x*[k].
         sides: for each block by path, the arguments besides the stream.
+        importance: of each block's output, by path.
         t: T(z[k]), while block k is being fitted.
         aim: x*[k+1], while block k is being fitted.
     """
@@ -60,6 +63,7 @@ class Walk:
     z: Tensor
     original: Tensor
     sides: dict[str, Side]
+    importance: dict[str, Importance]
     t: Tensor = field(default_factory=lambda: torch.empty(0))
     aim: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -69,21 +73,29 @@ class Importance:
     """How much the model's output depends on the output of one block.
 
     Args:
-        weights: of its positions, about 1 on average.
+        weights: of its positions, about 1 on average; None where the output does not depend on it.
         energy: mean square of the gradient, per element.
     """
 
-    weights: Tensor
+    weights: Tensor | None
     energy: float
 
+    def of(self, positions: int) -> Tensor:
+        """Weights for so many positions: of several samples, one after the other."""
+        if self.weights is None or positions % len(self.weights):
+            return torch.ones(positions)
+        return self.weights.repeat(positions // len(self.weights))
 
-def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importance: dict[str, Importance]) -> Survey:
+
+def survey_original(
+    plain: nn.Module, plan: Plan, batches: list[Batch], importance: list[dict[str, Importance]]
+) -> Survey:
     """One pass of the original over the data: its outputs, what enters each stage, and the blocks' other arguments."""
     paths = [planned.path for stage in plan.stages for planned in stage.blocks]
     entrances = {stage.blocks[0].path for stage in plan.stages}
     streams = {planned.path: planned.stream for stage in plan.stages for planned in stage.blocks}
     survey = Survey([], [], [], importance)
-    for x in batches:
+    for batch in batches:
         arrived: dict[str, Tensor] = {}
         sides: dict[str, Side] = {}
 
@@ -95,58 +107,73 @@ def survey_original(plain: nn.Module, plan: Plan, batches: list[Tensor], importa
             sides[path] = (holed, {name: None if at == name else a for name, a in kwargs.items()})  # noqa: B023
 
         with _watched(plain, paths, look):
-            survey.outputs.append(plain(x))
+            survey.outputs.append(main_output(batch(plain)))
         survey.arrived.append(arrived)
         survey.sides.append(sides)
     return survey
 
 
-def find_importance(converted: nn.Module, plan: Plan, x: Tensor) -> dict[str, Importance]:
+def importance_of_batches(converted: nn.Module, plan: Plan, batches: list[Batch]) -> list[dict[str, Importance]]:
+    """For each batch, how much the output depends on each block's output; found once for batches of the same shapes."""
+    found: dict[Signature, dict[str, Importance]] = {}
+    for batch in batches:
+        if batch.signature not in found:
+            found[batch.signature] = find_importance(converted, plan, batch.part(0, LOOK))
+    return [found[batch.signature] for batch in batches]
+
+
+def find_importance(converted: nn.Module, plan: Plan, batch: Batch) -> dict[str, Importance]:
     """How much the output depends on each block's output, through the memory-free backward.
 
     For random signs v of the outputs, v·∂y/∂z has the mean square |∂y/∂z·δ|² for a deviation δ without a direction.
     """
     planned = {block.path: stage for stage in plan.stages for block in stage.blocks}
     grads: dict[str, Tensor] = {}
+    leaves = [p for p in converted.parameters() if p.requires_grad]
 
-    def remember(path: str, _: nn.Module, args: object, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(partial(grads.__setitem__, path))  # type: ignore[no-untyped-call]
+    def enter(_: str, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let what enters the stages of a frozen model have a gradient."""
+        new = tuple(_leaf(a, leaves) for a in args)
+        return new, {name: _leaf(a, leaves) for name, a in kwargs.items()}
 
+    def remember(path: str, _: nn.Module, args: object, output: Any) -> None:
+        value = output if isinstance(output, Tensor) else output[results[path] or 0]
+        if value.requires_grad:
+            value.register_hook(partial(grads.__setitem__, path))
+
+    results = {block.path: block.result for stage in plan.stages for block in stage.blocks}
+    entrances = [] if leaves else [stage.blocks[0].path for stage in plan.stages]
     handles = [converted.get_submodule(path).register_forward_hook(partial(remember, path)) for path in planned]
     try:
-        with torch.enable_grad():
-            y = first_of(converted(x))
+        with torch.enable_grad(), _watched(converted, entrances, enter):
+            y = main_output(batch(converted))
             signs = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-            leaves: list[Tensor] = [p for p in converted.parameters() if p.requires_grad]
             torch.autograd.grad((y * signs.to(y)).sum(), leaves, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
     found = {}
     for path, stage in planned.items():
-        size = 1
-        for axis, length in enumerate(stage.shape):
-            size *= 1 if axis in (0, stage.axis) else length
-        found[path] = Importance(torch.ones(size), 0.0)
+        found[path] = Importance(None, 0.0)
         if path in grads and stage.axis is not None:
-            energy = by_position(grads[path].square(), stage.axis).sum(1).view(len(x), -1).mean(0).double()
+            energy = by_position(grads[path].square(), stage.axis).sum(1).view(len(grads[path]), -1).mean(0).double()
             weights = (energy / energy.mean().clamp_min(1e-30)).sqrt().clamp_min(FLOOR).cpu()
             found[path] = Importance(weights, float(grads[path].double().square().mean()))
     return found
 
 
 def start_walks(
-    plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Tensor], survey: Survey
+    plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Batch], survey: Survey
 ) -> list[Walk]:
     """Every batch at the entrance of a stage, in the converted model so far and in the original."""
     converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted)) if upstream.stages else None
     grid, first = upstream.grid_of(stage), stage.blocks[0]
     walks = []
-    for x, arrived, sides in zip(batches, survey.arrived, survey.sides, strict=True):
+    seen = zip(batches, survey.arrived, survey.sides, survey.importance, strict=True)
+    for batch, arrived, sides, importance in seen:
         original = arrived[first.path]
-        z = grid.round(original if converted is None else _arriving(converted, first, x))
-        walks.append(Walk(z, z, original, sides))
+        z = grid.round(original if converted is None else _arriving(converted, first, batch))
+        walks.append(Walk(z, z, original, sides, importance))
     return walks
 
 
@@ -159,7 +186,7 @@ def drawing_signs(converted: nn.Module) -> nn.Module:
     return converted
 
 
-def _arriving(model: nn.Module, block: BlockPlan, x: Tensor) -> Tensor:
+def _arriving(model: nn.Module, block: BlockPlan, batch: Batch) -> Tensor:
     """What comes to a block; the rest of the model does not run."""
 
     def stop(_: str, __: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,28 +194,34 @@ def _arriving(model: nn.Module, block: BlockPlan, x: Tensor) -> Tensor:
 
     with _watched(model, [block.path], stop):
         try:
-            model(x)
+            batch(model)
         except _Arrived as arrived:
             return arrived.value
     raise RefusalError(f"{block.path} was not called on the calibration data, though it was on the plan's example.")
 
 
-def run_block(block: nn.Module, stream: int | str, z: Tensor, side: Side) -> Tensor:
+def run_block(block: nn.Module, planned: BlockPlan, z: Tensor, side: Side) -> Tensor:
+    """What a block makes of a stream value."""
     args, kwargs = side
-    if isinstance(stream, int):
-        args = (*args[:stream], z, *args[stream + 1 :])
+    if isinstance(planned.stream, int):
+        args = (*args[: planned.stream], z, *args[planned.stream + 1 :])
     else:
-        kwargs = {**kwargs, stream: z}
-    output: Tensor = block(*args, **kwargs)
-    return output
+        kwargs = {**kwargs, planned.stream: z}
+    output = block(*args, **kwargs)
+    found: Tensor = output if planned.result is None else output[planned.result]
+    return found
 
 
 def by_position(values: Tensor, axis: int) -> Tensor:
     return values.movedim(axis, -1).reshape(-1, values.shape[axis])
 
 
-def first_of(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple | list) else value
+def _leaf(value: Any, leaves: list[Any]) -> Any:
+    """A copy of a tensor of floats that is a leaf with a gradient, noted among the leaves; other values themselves."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    leaves.append(value.detach().requires_grad_())
+    return leaves[-1]
 
 
 class _Arrived(Exception):

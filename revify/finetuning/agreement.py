@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from revify.calibration.batches import main_output
 from revify.calibration.calibrating import deviation
-from revify.calibration.walking import first_of
 from revify.errors import RevifyError
 from revify.finetuning.data import ImageData, Images
 from revify.finetuning.modes import evaluating
@@ -65,7 +65,7 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     device = next((p.device for p in model.parameters()), images.device)
     with evaluating(model), torch.no_grad():
         parts = images.to(device).split(_TOGETHER)  # type: ignore[no-untyped-call]
-        return torch.cat([first_of(model(part)) for part in parts])
+        return torch.cat([main_output(model(part)) for part in parts])
 
 
 def _prepared(

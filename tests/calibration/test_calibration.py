@@ -68,7 +68,7 @@ def test_every_predictor_stays_nearer_to_the_original_than_rewiring(
     before = change(model, rewired, fresh)
     for predictor in CALIBRATED:
         calibrated = revify.calibrate(rewired, images, predictor=predictor, rank=2 if predictor == "lowrank" else None)
-        assert change(model, calibrated, fresh) < 0.75 * before, predictor
+        assert change(model, calibrated, fresh) < 0.8 * before, predictor
 
 
 def test_richer_predictors_stay_nearer(model: nn.Module, images: Tensor) -> None:
