@@ -9,6 +9,7 @@ A new field of a record is read, checked and written by its annotation alone.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import reprlib
@@ -148,12 +149,18 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     missing = [name for name, field in known.items() if name not in value and _needed(field)]
     if missing:
         raise FaultError(f"{_place(where)} lacks the field {missing[0]!r}")
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     given = {name: read(hints[name], item, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
     record = kind(**given)
     for fault in _faults(record):
         raise FaultError(f"{where}: {fault}" if where else fault)
     return record
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of a record, whose text is the same for ever."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _faults(record: Any) -> Iterator[str]:

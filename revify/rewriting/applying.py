@@ -21,6 +21,7 @@ from revify.reading.copying import HOOKS, copy_tree, exchange
 from revify.reading.segments import Segment, find_segments
 from revify.rewriting.branches import chain_rule, make_branches
 from revify.rewriting.cutting import apply_cuts
+from revify.rewriting.fitting import check_fits
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
 from revify.rewriting.replicas import Replicator
 from revify.runtime.grid import Grid
@@ -65,7 +66,7 @@ def apply_plan(
     Raises:
         RefusalError: the model has other modules than the plan names.
     """
-    _check_fits(model, plan)
+    check_fits(model, plan)
     converted = share(model)
     for stage in plan.stages:
         if stage.coupling:
@@ -192,26 +193,3 @@ def _transforms(module: nn.Module, block: BlockPlan) -> tuple[Segment | None, ..
             "plan was made for another version of this block: make one with revify.plan(model)."
         )
     return segments
-
-
-def _check_fits(model: nn.Module, plan: Plan) -> None:
-    modules = dict(model.named_modules())
-    for block in (b for stage in plan.stages for b in stage.blocks):
-        kind = type(modules[block.path]).__name__ if block.path in modules else "nothing"
-        if kind != block.kind:
-            raise RefusalError(
-                f"{type(model).__name__}: the plan expects a {block.kind} at {block.path}, but there is {kind} there. The "
-                "plan was made for another architecture: make one with revify.plan(model)."
-            )
-        if "forward" in vars(modules[block.path]) and (block.branch_bytes or block.split_branches):
-            raise RefusalError(
-                f"{type(model).__name__}: the forward of {block.path} was replaced on the instance, so revify cannot cut "
-                'the block by its class. Plan with unit="block", put the function into the class, or take it away.'
-            )
-    for checkpoint in plan.checkpointed:
-        for path in checkpoint.paths:
-            if path not in modules:
-                raise RefusalError(
-                    f"{type(model).__name__}: the plan checkpoints {path}, which the model does not have. The plan "
-                    "was made for another architecture: make one with revify.plan(model)."
-                )
