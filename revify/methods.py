@@ -25,7 +25,7 @@ from revify.words import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEFAULT_BITS = 4
+DEFAULT_BITS = {"coded": 8, "recurrence": 4}
 
 
 class Options(TypedDict, total=False):
@@ -57,8 +57,9 @@ class Method:
         predictor: of the previous stream value: identity (the default), midpoint, zero or output; those that are fitted to
             images are diagonal, lowrank, linear_z, linear, or auto, the richest that costs little (the default where
             there are images).
-        bits: residue bits per element and step, 0 to 8: each costs b/8 byte and halves the change of the function; by
-            default 4. With images also auto, then the default: the fewest in each block that keep the model's output.
+        bits: per element and step; each halves the change of the function. Coded steps have 2 to 8, by default 8; a
+            recurrence has 0 to 8, by default 4. With images also auto, then the default: the fewest in each block that
+            keep the model's output.
         sign: of γ = ±2^-bits: balanced, − + + − over the steps, so that changes of neighbours cancel (the default for
             identity with bits); positive (the default for all else); or random, for each sample and step in training,
             so that the change is zero on average, and the plain blocks in eval mode.
@@ -72,7 +73,9 @@ class Method:
         streams: full, or split: the halves of the channels are the streams and the blocks' branches F and G are cut to
             half their channels (RevNet). That is another function, to be trained from scratch or distilled.
         coupling: for split streams, one of revify.couplings or a formula of your own; by default additive.
-        step: what is kept so that a step can be undone: recurrence, the residue of the recurrence.
+        step: how a step can be undone: coded (the default) holds the code of each block's update and leaves eval mode
+            the plain model; recurrence couples each value with the one before, and is flat at 0 bits. What only one of
+            them knows chooses it: a predictor, a sign, a grid, images, and 0 or 1 bits mean recurrence.
         reference: where the method was published.
         differs: what the publication does that this does not, or the other way round.
 
@@ -88,7 +91,7 @@ class Method:
     transitions: Transitions = "checkpoint"
     streams: Streams = "full"
     coupling: Callable[..., tuple[Tensor, ...]] | None = None
-    step: StepName = "recurrence"
+    step: StepName | None = None
     reference: str = ""
     differs: str = ""
 
@@ -100,6 +103,8 @@ class Method:
             raise RevifyError('coupling= is for streams="split"; full streams have predictor= and bits= instead.')
         if self.is_fitted:
             self._check_fitted()
+        if self.step == "coded":
+            self._check_coded()
 
     @classmethod
     def of(cls, method: Method | None = None, **options: Unpack[Options]) -> Method:
@@ -135,6 +140,14 @@ class Method:
         return self
 
     @property
+    def first_step(self) -> StepName:
+        """The step that goes with the rest."""
+        if self.step is not None:
+            return self.step
+        said = self.predictor is not None or self.sign is not None or self.grid != "auto"
+        return "recurrence" if said or self.is_fitted or self.streams == "split" or self.bits in (0, 1) else "coded"
+
+    @property
     def first_predictor(self) -> str:
         """The predictor of a new plan; one that is fitted takes its place later."""
         return "identity" if self.predictor is None or self.is_fitted else self.predictor
@@ -142,7 +155,8 @@ class Method:
     @property
     def first_bits(self) -> int:
         """The bits of a new plan; those that are fitted take their place later."""
-        return DEFAULT_BITS if self.bits is None or self.bits == "auto" or self.is_fitted else self.bits
+        said = None if self.bits == "auto" or self.is_fitted else self.bits
+        return DEFAULT_BITS[self.first_step] if said is None else said
 
     @property
     def first_sign(self) -> str:
@@ -169,9 +183,16 @@ class Method:
             raise RevifyError(f"sign={self.sign!r} is not known: choose one of {', '.join(SIGNS)}.")
         choices = {"unit": Unit, "transitions": Transitions, "streams": Streams, "step": StepName}
         for name, words in choices.items():
-            if getattr(self, name) not in get_args(words):
+            if getattr(self, name) not in (*get_args(words), None):
                 either = " or ".join(f'"{word}"' for word in get_args(words))
                 raise RevifyError(f"{name}={getattr(self, name)!r} is not known: choose {either}.")
+
+    def _check_coded(self) -> None:
+        if replace(self, step=None).first_step != "coded" or self.bits in (0, 1):
+            raise RevifyError(
+                'step="coded" has 2 to 8 bits and no predictor, sign, grid, images or split streams: these belong to '
+                'step="recurrence". Leave one out.'
+            )
 
     def _check_split(self) -> None:
         if self.is_fitted:

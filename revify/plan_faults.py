@@ -43,6 +43,11 @@ def stage_faults(stage: StagePlan) -> Iterator[str]:
         yield f"its rank is {stage.rank}, but it has {stage.shape[stage.axis]} channels"
     if not _PATTERN.fullmatch(stage.pattern):
         yield "its pattern of signs is not made of + and -"
+    if stage.step == "coded":
+        if split or stage.predictor != "identity":
+            yield "coded steps have no coupling and no predictor"
+        if any(not 2 <= bits <= 8 for bits in stage.step_bits) or any(block.bits is not None for block in stage.blocks):
+            yield "the codes of a stage have 2 to 8 bits, the same in every step"
     if stage.predictor != "lowrank" and stage.rank:
         yield "only a low-rank predictor has a rank"
 

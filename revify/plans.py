@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,9 +17,10 @@ from revify.old_plans import as_written_now
 from revify.plan_faults import block_faults, plan_faults, stage_faults
 from revify.reading.roles import Shortcut
 from revify.records import STORED, Among, FaultError, Prose, Range, parse, plain, read, shown
+from revify.runtime.codes import code_bytes
 from revify.runtime.grid import Grid
 from revify.tables import draw_plan
-from revify.words import CALIBRATED, FIXED, FORMERLY_BALANCED, MAX_BITS, MAX_GRID, SIGNS
+from revify.words import CALIBRATED, FIXED, FORMERLY_BALANCED, MAX_BITS, MAX_GRID, SIGNS, STEPS
 
 FORMAT = 1
 
@@ -139,9 +141,9 @@ class StagePlan:
         shape: of the stream in the example, batch first.
         dtype: of the stream in the plain model.
         stream_bytes: of one stream value.
-        bits: residue bits per element and step, 0…8, of the blocks that say nothing else.
-        predictor: of the previous stream value.
-        sign: of γ: "positive"; "balanced", by the pattern; "random" in training, and plain blocks in eval mode.
+        bits: per element and step, of the blocks that say nothing else: 2…8 of a code, 0…8 of a residue.
+        predictor: of the previous stream value; coded steps have none.
+        sign: of γ: "positive"; "balanced", + − − + over the steps; "random" in training, and plain blocks in eval mode.
         axis: which axis of the stream is the channels', None where that could not be found.
         rank: of a low-rank predictor, else 0.
         deviation: relative error of the model's output on the calibration data with the stages up to this one
@@ -149,6 +151,7 @@ class StagePlan:
         coupling: where the stage is split into two streams, the name of their coupling, else "".
         grid: resolution of its grid, None where it is that of the plan.
         pattern: of balanced signs: + or - for each coupled step, begun anew where it is shorter than the stage.
+        step: "coded", updates coded in `bits` bits, or "recurrence".
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -164,6 +167,7 @@ class StagePlan:
     coupling: str = ""
     grid: Annotated[int, Range(0, MAX_GRID)] | None = None
     pattern: str = FORMERLY_BALANCED
+    step: Annotated[str, Among(STEPS)] = "recurrence"
 
     @property
     def element_bytes(self) -> int:
@@ -181,9 +185,12 @@ class StagePlan:
 
     @property
     def held_bytes(self) -> int:
-        """What the reversible stage holds: two stream values and the packed residues."""
+        """What the stage holds for backward: the stream values that it needs, and the bits of each step."""
         if self.coupling:
             return self.stream_bytes
+        if self.step == "coded":
+            code = code_bytes(self.shape, self.bits)
+            return math.prod(self.shape) * getattr(torch, self.dtype).itemsize + code * (len(self.steps) - 1)
         elements = self.stream_bytes // self.element_bytes
         return 2 * self.stream_bytes + sum(elements * bits // 8 for bits in self.step_bits[1:])
 

@@ -44,7 +44,7 @@ def _row(number: int, stage: StagePlan, plan: Plan) -> tuple[str, ...]:
         printable(f"{first.path} … {last.path} ({len(stage.blocks)} {first.kind}{cut})"),
         "×".join(map(str, stage.shape[1:])),
         ", ".join(sorted({b.shortcut for b in stage.blocks})),
-        stage.coupling or forecast,
+        stage.coupling or ("coded" if stage.step == "coded" else forecast),
         stage.bits_text,
         "–" if stage.deviation is None else f"{stage.deviation:.4f}",
         f"{stage.saved_bytes / 2**20:.1f}",
@@ -64,8 +64,9 @@ def _notes(plan: Plan) -> Iterator[str]:
     )
     if any(b.shortcut == "post-activation" for stage in plan.stages if stage.coupling for b in stage.blocks):
         yield "the activations after the additions go into the branches, and once to the end of each stage"
-    for grid in sorted({plan.grid_of(stage) for stage in plan.stages}, key=lambda grid: grid.resolution):
-        numbers = ", ".join(str(n) for n, stage in enumerate(plan.stages) if plan.grid_of(stage) == grid)
+    on_grid = [stage for stage in plan.stages if stage.step == "recurrence"]
+    for grid in sorted({plan.grid_of(stage) for stage in on_grid}, key=lambda grid: grid.resolution):
+        numbers = ", ".join(str(n) for n, s in enumerate(plan.stages) if s in on_grid and plan.grid_of(s) == grid)
         held = ", held in float64: its blocks change it by less than float32 shows on a grid" if grid.is_wide else ""
         yield f"grid of stage {numbers}: 2^-{grid.resolution}{held}"
     if plan.unmeasured:

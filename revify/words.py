@@ -6,6 +6,7 @@ from typing import Literal
 
 FIXED = ("identity", "midpoint", "zero", "output")
 CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
+STEPS = ("coded", "recurrence")
 SIGNS = ("positive", "balanced", "random")
 BALANCED = "-++-"  # balanced signs of new plans, over the coupled steps of each stage
 FORMERLY_BALANCED = "+--+"  # those of plans that do not say
@@ -22,4 +23,4 @@ SignName = Literal["positive", "balanced", "random"]
 Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
 Streams = Literal["full", "split"]
-StepName = Literal["recurrence"]
+StepName = Literal["coded", "recurrence"]

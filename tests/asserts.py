@@ -84,7 +84,8 @@ def assert_same_gradients(
 
 
 def converted(kind: Callable[[], nn.Module], **options: object) -> nn.Module:
-    """A converted network of the zoo, the same one at every call."""
+    """A converted network of the zoo, the same one at every call; of reversible steps where nothing else is said."""
+    options = {"step": "recurrence", **options} if "streams" not in options else options
     torch.manual_seed(0)
     model = kind()
     return revify.convert(model, model.example(), **options)

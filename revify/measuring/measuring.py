@@ -31,7 +31,7 @@ from revify.conversion import plan as make_plan
 from revify.errors import RevifyError
 from revify.measuring.memory import Memory, count_memory, wait
 from revify.measuring.report import Report, Row, describe
-from revify.plans import Plan
+from revify.plans import Plan, StagePlan
 from revify.rewriting.applying import share
 
 Batch = Tensor | tuple[Tensor, ...]
@@ -185,9 +185,14 @@ def _forms(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan | None) -> t
         for form in forms:
             form.train()
     blocks = sum(len(stage.blocks) for stage in used.stages)
-    couplings = sorted({stage.coupling or f"{stage.predictor}, {stage.bits_text} bits" for stage in used.stages})
+    couplings = sorted({_coupling(stage) for stage in used.stages})
     made = f"{blocks} blocks, {len(used.stages)} stages ({'; '.join(couplings)}), transitions {used.transitions}"
     return forms, ["ordinary autograd", method, made]
+
+
+def _coupling(stage: StagePlan) -> str:
+    """How the steps of a stage are undone, in words."""
+    return stage.coupling or f"{'coded' if stage.step == 'coded' else stage.predictor}, {stage.bits_text} bits"
 
 
 def checkpoint_blocks(model: nn.Module, plan: Plan) -> str:

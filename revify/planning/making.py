@@ -61,7 +61,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
-    if plan.stages and method.grid == "auto":
+    if plan.stages and method.first_step == "recurrence" and method.grid == "auto":
         plan = choose_grids(plan, model, example)
     elif plan.grid > SHORT_GRID:
         plan = replace(plan, stages=tuple(with_grid(stage, plan.grid) for stage in plan.stages))
@@ -99,4 +99,5 @@ def _stage_plan(stage: Stage, method: Method, axis: int | None) -> StagePlan:
         sign=method.first_sign,
         pattern=BALANCED,
         axis=axis,
+        step=method.first_step,
     )

@@ -108,7 +108,8 @@ def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[
 
 def _holds_its_output(stage: StagePlan) -> bool:
     """Whether what leaves the stage is the value that it holds, not a shorter-typed or joined copy."""
-    return not stage.coupling and stage.element_bytes == getattr(torch, stage.dtype).itemsize
+    same = stage.element_bytes == getattr(torch, stage.dtype).itemsize
+    return not stage.coupling and stage.step == "recurrence" and same
 
 
 def _only_input(call: Call) -> ValueKey | None:

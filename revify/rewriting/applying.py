@@ -24,6 +24,7 @@ from revify.rewriting.cutting import apply_cuts
 from revify.rewriting.fitting import check_fits
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
 from revify.rewriting.replicas import Replicator
+from revify.runtime.coded import CodedRule, CodedStep
 from revify.runtime.grid import Grid
 from revify.runtime.halves import Chained
 from revify.runtime.predictors import make_predictor
@@ -72,6 +73,9 @@ def apply_plan(
         if stage.coupling:
             _install_halves(converted, stage, plan)
             continue
+        if stage.step == "coded":
+            _install_coded(converted, stage)
+            continue
         _install(converted, stage, plan.grid_of(stage), forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
         for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
@@ -89,7 +93,7 @@ def change_bits(model: nn.Module, plan: Plan) -> None:
         plan: like the model's own but for the bits.
     """
     for stage in plan.stages:
-        rule = _rule(stage, plan.grid_of(stage))
+        rule = _coded_rule(stage) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
         for step in (step for block in stage.blocks for step in _steps(model.get_submodule(block.path))):
             step.rule = rule
     model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
@@ -156,15 +160,34 @@ def _install(
         _put(module, steps[0] if len(steps) == 1 else Steps(module, steps))
 
 
+def _install_coded(model: nn.Module, stage: StagePlan) -> None:
+    rule = _coded_rule(stage)
+    index = 0
+    for block in stage.blocks:
+        module = model.get_submodule(block.path)
+        steps = tuple(
+            CodedStep(module, rule, index + number, block.stream, transform, block.result)
+            for number, transform in enumerate(_transforms(module, block))
+        )
+        index += len(steps)
+        _put(module, steps[0] if len(steps) == 1 else Steps(module, steps))
+
+
+def _coded_rule(stage: StagePlan) -> CodedRule:
+    return CodedRule(stage.steps, stage.bits)
+
+
 def _rule(stage: StagePlan, grid: Grid) -> StageRule:
     return StageRule(stage.steps, stage.step_bits, grid, stage.sign, stage.pattern)
 
 
-def _steps(block: nn.Module) -> tuple[Step, ...]:
+def _steps(block: nn.Module) -> tuple[Any, ...]:  # Any: of one kind or the other
     """The steps that stand in for a block's forward."""
     replicator = vars(block).get(_REPLICATE)
     stand_in = replicator.stand_in if isinstance(replicator, Replicator) else None
-    return stand_in.steps if isinstance(stand_in, Steps) else (stand_in,) if isinstance(stand_in, Step) else ()
+    if isinstance(stand_in, Steps):
+        return stand_in.steps
+    return (stand_in,) if isinstance(stand_in, Step | CodedStep) else ()
 
 
 def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:

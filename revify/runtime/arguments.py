@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from revify.errors import StreamError
+from revify.runtime.replay import version
 
 
 def split_stream(stream: int | str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -37,3 +38,33 @@ def with_stream(
     if isinstance(stream, int):
         return (*args[:stream], z, *args[stream + 1 :]), kwargs
     return args, {**kwargs, stream: z}
+
+
+def pick_stream(
+    name: str, outputs: Any, result: int | None, given: Tensor, before: int
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """The stream among a block's results, and the others.
+
+    Args:
+        name: of the block, for errors.
+        outputs: what it returned.
+        result: which of several results is the stream, None where it returns one tensor.
+        given: the stream that it was given.
+        before: the version of that when the block began.
+
+    Raises:
+        StreamError: the result has not the shape of what was given, or that was changed in place.
+    """
+    others: tuple[Any, ...] = ()
+    if result is not None and isinstance(outputs, tuple | list) and len(outputs) > result:
+        others = (*outputs[:result], *outputs[result + 1 :])
+        outputs = outputs[result]
+    if not isinstance(outputs, Tensor) or outputs.shape != given.shape:
+        got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise StreamError(f"{name}: expected an output of the shape of its input, {tuple(given.shape)}, got {got}.")
+    if version(given) != before:
+        raise StreamError(
+            f"{name} changes its input in place, so the stream cannot go through it. Make the first operation "
+            "of the block an out-of-place one (for activations inplace=False) before converting."
+        )
+    return outputs, others

@@ -60,7 +60,7 @@ def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
     Raises:
         StreamError: the input is not what the block before it returned.
     """
-    owner = _owner(x)
+    owner = carrier(x, "revify_link")
     link: Link | None = owner.__dict__.get("revify_link") or None
     if link is not None and index == 0 and link.tape.rule is not rule:
         return None  # a fork: the value goes to its own next block as well, which takes the link
@@ -93,12 +93,12 @@ def take_link(x: Tensor, rule: Rule, index: int) -> Link | None:
 
 def leave_link(x: Tensor) -> None:
     """Let go of the link that rides on a value, if there is one."""
-    _owner(x).__dict__.pop("revify_link", None)
+    carrier(x, "revify_link").__dict__.pop("revify_link", None)
 
 
-def _owner(x: Tensor) -> Tensor:
-    """The value that carries the link: FSDP and backward hooks hand on an alias of it."""
-    if x.__dict__.get("revify_link") or x._base is None or not _same_place(x, x._base):
+def carrier(x: Tensor, name: str) -> Tensor:
+    """The value that carries the rider of this name: FSDP and backward hooks hand on an alias of it."""
+    if x.__dict__.get(name) or x._base is None or not _same_place(x, x._base):
         return x
     return x._base
 

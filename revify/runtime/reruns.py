@@ -173,6 +173,11 @@ class Rerun:
             self.differs = tuple(again[device] != number for device, number in self._fingerprint.items())
         return found
 
+    @property
+    def drops(self) -> bool:
+        """Whether anything that the first run saved is to be had again."""
+        return bool(self._dropped)
+
     def forget(self) -> None:
         """Let go of the caught tensors that nobody asked for."""
         self._caught.clear()

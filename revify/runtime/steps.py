@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from revify.errors import StreamError
-from revify.runtime.arguments import split_stream, with_stream
+from revify.runtime.arguments import pick_stream, split_stream, with_stream
+from revify.runtime.coded import CodedStep
 from revify.runtime.fingerprints import checksum
 from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs, stream_dtype
 from revify.runtime.links import Link, leave_link, take_link
@@ -153,6 +153,7 @@ class Step(StandIn):
         sign: Sign,
         coupled: bool,
         branch_dtype: torch.dtype,
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
@@ -166,20 +167,7 @@ class Step(StandIn):
             kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
         before = version(z)
         outputs = self._transformed(*args, **kwargs)
-        others: tuple[Any, ...] = ()
-        if self.result is not None and isinstance(outputs, tuple | list) and len(outputs) > self.result:
-            others = (*outputs[: self.result], *outputs[self.result + 1 :])
-            outputs = outputs[self.result]
-        if not isinstance(outputs, Tensor) or outputs.shape != z.shape:
-            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise StreamError(
-                f"{self.name}: expected an output of the shape of its input, {tuple(z.shape)}, got {got}."
-            )
-        if version(z) != before:
-            raise StreamError(
-                f"{self.name} changes its input in place, so the stream cannot go through it. Make the first operation "
-                "of the block an out-of-place one (for activations inplace=False) before converting."
-            )
+        outputs, others = pick_stream(self.name, outputs, self.result, z, before)
         t = OnGrid.apply(outputs, self.rule.grid)
         return forecast, t, self.predictor.after(t) if coupled else None, others
 
@@ -197,14 +185,14 @@ class Steps(StandIn):
         steps: in order.
     """
 
-    def __init__(self, module: nn.Module, steps: tuple[Step, ...]) -> None:
+    def __init__(self, module: nn.Module, steps: tuple[Step, ...] | tuple[CodedStep, ...]) -> None:
         super().__init__(module, steps[0].name)
         self.steps = steps
 
     def on(self, module: nn.Module) -> Self:
         """The same for a copy of the block."""
         other = super().on(module)
-        other.steps = tuple(step.on(module) for step in self.steps)
+        other.steps = tuple(step.on(module) for step in self.steps)  # type: ignore[assignment]  # of the same kind
         return other
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through

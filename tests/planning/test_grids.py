@@ -123,7 +123,7 @@ def test_precisions_that_round_small_changes_away_need_no_wide_grid() -> None:
     """A plain model in bfloat16 loses such changes itself."""
     torch.manual_seed(0)
     model = SmallUpdates().bfloat16()
-    made = revify.plan(model, model.example()[0].bfloat16())
+    made = revify.plan(model, model.example()[0].bfloat16(), step="recurrence")
     assert made.stages[0].grid == 12
 
 
@@ -133,13 +133,13 @@ def test_an_example_that_only_shows_the_shape(example: str) -> None:
     model = SmallUpdates()
     x = {"zeros": torch.zeros(2, 5, 6), "meta": torch.empty(2, 5, 6, device="meta"), "random": torch.randn(2, 5, 6)}
     with Unchanged(model):
-        assert revify.plan(model, x[example]).stages[0].grid == WIDE_GRID
+        assert revify.plan(model, x[example], step="recurrence").stages[0].grid == WIDE_GRID
 
 
 def test_a_model_without_data_keeps_the_default_and_the_plan_says_so() -> None:
     with torch.device("meta"):
         model = SmallUpdates()
-    made = revify.plan(model, torch.empty(2, 5, 6, device="meta"))
+    made = revify.plan(model, torch.empty(2, 5, 6, device="meta"), step="recurrence")
     assert made.grid_of(made.stages[0]).resolution == 12
     assert "the default, nothing was measured: the model holds no data" in str(made)
 
@@ -147,7 +147,7 @@ def test_a_model_without_data_keeps_the_default_and_the_plan_says_so() -> None:
 def test_the_plan_says_which_grid_and_what_it_holds() -> None:
     torch.manual_seed(0)
     model = SmallUpdates()
-    fine, coarse = revify.plan(model, model.example()), revify.plan(model, model.example(), grid=12)
+    fine, coarse = revify.plan(model, model.example(), step="recurrence"), revify.plan(model, model.example(), grid=12)
     assert "grid of stage 0: 2^-32, held in float64" in str(fine)
     assert "grid of stage 0: 2^-12" in str(coarse)
     assert fine.stages[0].stream_bytes == 2 * coarse.stages[0].stream_bytes
@@ -159,7 +159,7 @@ def test_buffers_and_random_numbers_stay_as_they_are() -> None:
     model = zoo.TwoStages()
     x = model.example()[0]
     with Unchanged(model):
-        revify.plan(model, x)
+        revify.plan(model, x, step="recurrence")
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "deit3_small_patch16_224", "cait_xxs24_224"])
@@ -167,7 +167,7 @@ def test_timm_models_with_layer_scale(name: str) -> None:
     torch.manual_seed(0)
     small = {"depth": 3, "img_size": 64} if "convnext" not in name else {"depths": (2, 2, 2, 2)}
     model = timm.create_model(name, num_classes=3, **small)
-    made = revify.convert(model, torch.randn(2, 3, 64, 64))
+    made = revify.convert(model, torch.randn(2, 3, 64, 64), step="recurrence")
     assert grid_of(made) == WIDE_GRID
     assert_same_gradients(made, [torch.randn(2, 3, 64, 64)])
 

@@ -96,7 +96,8 @@ def test_table_says_what_will_be_done() -> None:
     assert "stages.0.0 … stages.0.2 (3 Convolutions)" in text
     assert "6×4×5" in text
     assert "post-activation" in text
-    assert "identity" in text
+    assert "coded" in text
+    assert "identity" in str(plan_of(zoo.TwoStages, bits=3, step="recurrence"))
     assert "checkpointed: transition" in text
     assert "saved for backward: plain" in text
     assert "predicted peak converted" in text
@@ -114,7 +115,9 @@ def test_table_names_the_timm_architecture() -> None:
 def test_transition_between_stages_is_checkpointed_and_stem_and_head_are_not() -> None:
     plan = plan_of(zoo.TwoStages, transitions="checkpoint")
     assert [c.path for c in plan.checkpointed] == ["transition"]
-    assert plan.checkpointed[0].input_bytes == 0  # it is what the first stage holds
+    assert plan.checkpointed[0].input_bytes == 960  # a coded stage holds its input, not its output
+    recurrence = plan_of(zoo.TwoStages, step="recurrence", transitions="checkpoint")
+    assert recurrence.checkpointed[0].input_bytes == 0  # it is what the first stage holds
     assert plan.checkpointed[0].after == 1
     assert plan_of(zoo.TwoStages, transitions="keep").checkpointed == ()
 
@@ -174,10 +177,13 @@ def test_share_of_the_stages() -> None:
 
 
 def test_held_bytes_of_a_stage() -> None:
-    (stage,) = plan_of(zoo.PreNormBlocks, bits=2).stages
+    asked = {"bits": 2, "step": "recurrence"}
+    (stage,) = plan_of(zoo.PreNormBlocks, **asked).stages
     assert stage.held_bytes == 2 * 240 + 3 * (60 * 2 // 8)
-    (wide,) = revify.plan(zoo.PreNormBlocks().double(), torch.zeros(zoo.TOKENS).double(), bits=2).stages
+    (wide,) = revify.plan(zoo.PreNormBlocks().double(), torch.zeros(zoo.TOKENS).double(), **asked).stages
     assert wide.held_bytes == 2 * 480 + 3 * (60 * 2 // 8)
+    (coded,) = plan_of(zoo.PreNormBlocks, bits=8).stages
+    assert coded.held_bytes == 240 + 3 * (60 + 2 * 2)  # two samples of 30 elements, which share one scale of two bytes
 
 
 @pytest.mark.parametrize("transitions", ["keep", "checkpoint"])
