@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from revify.plans import Cut, Side
 from revify.reading.additions import Joint, is_size, nodes_between
-from revify.reading.roles import ACTIVATIONS, ADDITIONS, MOVES, SCALINGS, role_of
+from revify.reading.roles import ACTIVATIONS, ADDITIONS, MOVES, SCALINGS, Role, role_of
 
 ELEMENTWISE: set[Any] = {"mean", "sub", "div", "div_", "neg"}
 ELEMENTWISE |= {functional.dropout, functional.avg_pool2d, functional.max_pool2d, functional.adaptive_avg_pool2d}
@@ -106,7 +106,7 @@ class Spread:
                 if not _by_channel(layer, self.channels):
                     raise NotCut(f"{node.target} ({type(layer).__name__}) cannot be cut")
                 self._cut(str(node.target), Side.CHANNELS, half)
-            elif role_of(node, self.modules) == "other" and not _is_plain(layer):
+            elif role_of(node, self.modules) is Role.OTHER and not _is_plain(layer):
                 raise NotCut(f"{node.target} ({type(layer).__name__}) is not known to treat channels alike")
         elif node.target not in PLAIN and not getattr(node.target, "__module__", "").startswith("timm."):
             raise NotCut(f"{node.target} is not known to treat channels alike")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from revify.reading.roles import ADDITIONS, Shortcut, dependent_on, find_shortcut, role_of, tells_no_values
+from revify.reading.roles import ADDITIONS, Role, Shortcut, dependent_on, find_shortcut, role_of, tells_no_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ def find_joints(x: fx.Node, y: fx.Node, modules: dict[str, nn.Module]) -> tuple[
     for joint, end in zip(found, ends, strict=True):
         tail = tuple(n for n in nodes_between(joint.addition, end) if n is not joint.addition)
         roles = {role_of(n, modules) for n in tail}
-        if not roles <= {"move", "scale", Shortcut.POST_ACTIVATION} or any(_has_values(n, modules) for n in tail):
+        if not roles <= {Role.MOVE, Role.SCALE, Role.ACTIVATE} or any(_has_values(n, modules) for n in tail):
             return ()
-        joints.append(Joint(joint.start, joint.addition, joint.branch, end, tail, Shortcut.POST_ACTIVATION in roles))
+        joints.append(Joint(joint.start, joint.addition, joint.branch, end, tail, Role.ACTIVATE in roles))
     return tuple(joints)
 
 
@@ -147,7 +147,7 @@ def _is_shortcut(start: fx.Node, node: fx.Node, modules: dict[str, nn.Module]) -
     """Whether a value is the start itself, moved or scaled by something that does not depend on it."""
     while node is not start:
         operands = [n for n in node.all_input_nodes if start in ancestors(n)]
-        if role_of(node, modules) not in ("move", "scale") or len(operands) != 1:
+        if role_of(node, modules) not in (Role.MOVE, Role.SCALE) or len(operands) != 1:
             return False
         node = operands[0]
     return True

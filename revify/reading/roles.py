@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Any
 
 import torch
@@ -21,32 +21,46 @@ class Shortcut(StrEnum):
     POST_NORM = "post-norm"
 
 
-ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-SCALINGS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-DIVISIONS = {operator.truediv, operator.itruediv, torch.div, "truediv", "div", "div_"}
-MOVES: set[Any] = {
-    operator.getitem,
-    *(torch.reshape, torch.permute, torch.transpose, torch.flatten, torch.squeeze, torch.unsqueeze, torch.roll),
-    *(torch.cat, torch.chunk, torch.split, torch.unbind, torch.movedim, torch.swapaxes, torch.narrow, functional.pad),
-    *(
-        "getitem",
-        "select_result",
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-    ),
-    "contiguous",
-    *("roll", "movedim", "swapaxes", "narrow", "chunk", "split", "unbind", "to", "float", "type_as", "clone"),
+class Role(Enum):
+    """What an operation does to the values that it is given."""
+
+    ADD = auto()
+    SCALE = auto()
+    MOVE = auto()  # the same values in another order, shape or type, or some of them
+    NORMALISE = auto()
+    ACTIVATE = auto()
+    OTHER = auto()
+
+
+ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+SCALINGS = frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_"})
+DIVISIONS = frozenset({operator.truediv, operator.itruediv, torch.div, "truediv", "div", "div_"})
+MOVES = frozenset(
+    (
+        *(operator.getitem, "getitem", "select_result", functional.pad),
+        *(torch.reshape, torch.flatten, "view", "reshape", "flatten", "unflatten", "contiguous"),
+        *(torch.permute, torch.transpose, torch.movedim, torch.swapaxes, "permute", "transpose", "movedim", "swapaxes"),
+        *(torch.squeeze, torch.unsqueeze, torch.roll, torch.narrow, "squeeze", "unsqueeze", "roll", "narrow"),
+        *(torch.cat, torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"),
+        *("to", "float", "type_as", "clone"),
+    )
+)
+ACTIVATIONS = frozenset(
+    (
+        *(functional.relu, functional.relu_, functional.gelu, functional.silu, functional.leaky_relu),
+        *(functional.hardswish, torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
+        *("relu", "relu_", "sigmoid", "tanh"),
+    )
+)
+NORMS = frozenset({functional.layer_norm, functional.batch_norm, functional.group_norm})
+ROLES: dict[Any, Role] = {  # by the target of a node: a function, or the name of a method of tensors
+    **dict.fromkeys(ADDITIONS, Role.ADD),
+    **dict.fromkeys(SCALINGS | DIVISIONS, Role.SCALE),
+    **dict.fromkeys(MOVES, Role.MOVE),
+    **dict.fromkeys(NORMS, Role.NORMALISE),
+    **dict.fromkeys(ACTIVATIONS, Role.ACTIVATE),
 }
-ACTIVATIONS: set[Any] = {
-    *(functional.relu, functional.relu_, functional.gelu, functional.silu, functional.leaky_relu, functional.hardswish),
-    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh"),
-}
+BEFORE_AN_ADDITION = {Role.ACTIVATE: Shortcut.POST_ACTIVATION, Role.NORMALISE: Shortcut.POST_NORM}
 WITHOUT_VALUES = {"size", "dim", "numel"}
 ATTRIBUTES_WITHOUT_VALUES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "itemsize"}
 
@@ -69,14 +83,14 @@ def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | N
         seen.add((node, added))
         role = role_of(node, modules)
         operands = [n for n in node.all_input_nodes if n in dependent]
-        if role == "add":
+        if role is Role.ADD:
             paths += [(n, True, found) for n in operands]
-        elif role == "move":
+        elif role is Role.MOVE:
             paths += [(n, added, found) for n in operands]
-        elif role == "scale" and len(operands) == 1 and (node.target in SCALINGS or operands[0] is node.args[0]):
+        elif role is Role.SCALE and len(operands) == 1 and (node.target in SCALINGS or operands[0] is node.args[0]):
             paths.append((operands[0], added, max(found, Shortcut.SCALED, key=_weight)))
-        elif role in (Shortcut.POST_ACTIVATION, Shortcut.POST_NORM):
-            paths += [(n, False, max(found, Shortcut(role), key=_weight)) for n in operands[:1]]
+        elif role in BEFORE_AN_ADDITION:
+            paths += [(n, False, max(found, BEFORE_AN_ADDITION[role], key=_weight)) for n in operands[:1]]
     return None
 
 
@@ -100,36 +114,28 @@ def tells_no_values(node: fx.Node) -> bool:
     return node.target in WITHOUT_VALUES or (node.target is getattr and node.args[1] in ATTRIBUTES_WITHOUT_VALUES)
 
 
-def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """What a node does to values: add, move, scale, a norm or an activation (of the shortcut), or other."""
+def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> Role:
+    """What a node does to values."""
     if node.op == "call_module":
         return _module_role(modules[str(node.target)])
-    if node.target in ADDITIONS:
-        return "add"
-    if node.target in SCALINGS | DIVISIONS:
-        return "scale"
-    if node.target in MOVES or _is_timm_function(node.target):
-        return "move"
-    if node.target in ACTIVATIONS:
-        return Shortcut.POST_ACTIVATION
-    if node.target in (functional.layer_norm, functional.batch_norm, functional.group_norm):
-        return Shortcut.POST_NORM
-    return "other"
+    if node.target in ROLES:
+        return ROLES[node.target]
+    return Role.MOVE if _is_timm_function(node.target) else Role.OTHER
 
 
-def _module_role(module: nn.Module) -> str:
-    kind = type(module)
-    if isinstance(module, nn.Identity):
-        return "move"
-    if isinstance(module, nn.Flatten | nn.Unflatten):
-        return "move"
-    if isinstance(module, nn.MultiheadAttention):
-        return "other"
-    if kind.__module__ == "torch.nn.modules.activation" or "activations" in kind.__module__:
-        return Shortcut.POST_ACTIVATION
-    if "norm" in kind.__module__.rsplit(".", 1)[-1]:
-        return Shortcut.POST_NORM
-    return "other"
+def _module_role(module: nn.Module) -> Role:
+    """What a layer does, guessed from where its class is defined.
+
+    A wrong guess is harmless: blocks are proven by running them, so it costs a refusal, or is seen there.
+    """
+    home = type(module).__module__
+    if isinstance(module, nn.Identity | nn.Flatten | nn.Unflatten):
+        return Role.MOVE
+    if isinstance(module, nn.MultiheadAttention):  # torch defines it among the activations
+        return Role.OTHER
+    if home == "torch.nn.modules.activation" or "activations" in home:
+        return Role.ACTIVATE
+    return Role.NORMALISE if "norm" in home.rsplit(".", 1)[-1] else Role.OTHER
 
 
 def _is_timm_function(target: Any) -> bool:
