@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from revify.couplings.deriving import derive
@@ -13,7 +14,7 @@ from revify.couplings.formulas import Formula
 from revify.couplings.shipped import additive
 from revify.errors import RevifyError
 from revify.runtime.layers import Layer, Sides
-from revify.runtime.sequences import Residues, Streams, forward, inverse, passing_of
+from revify.runtime.sequences import Residues, Streams, fitting_resolution, forward, inverse, passing_of
 from revify.runtime.states import Habits
 from revify.runtime.torch_internals import hidden_from_compiler
 
@@ -43,7 +44,7 @@ class Reversible(nn.Module):
             first only, the others are copies of it, with parameters of their own.
         coupling: the formula, forward only; see `revify.couplings`.
         dim: the axis along which a tensor is split into the streams. Of an odd size the first stream gets one more.
-        grid: resolution q; stream values are multiples of 2^-q.
+        grid: resolution q; stream values are multiples of 2^-q. `fit_grid` chooses it from an input.
 
     Raises:
         RefusalError: the formula has no inverse; the text says why.
@@ -110,6 +111,21 @@ class Reversible(nn.Module):
         """As `forward`, with the bits that an exact inverse needs where a coupling contracts."""
         return forward([self], x, side or {}, call=False)
 
+    @torch.no_grad()
+    def fit_grid(self, x: Streams, *more: Tensor | Sides, side: Sides | None = None) -> int:
+        """Choose the grid from what flows: the finest with room for 16 times the largest value that this input leads to.
+
+        Runs a copy on the input once; parameters, buffers and random numbers stay as they are. Without it the grid is
+        as given, 2^-12 at first.
+
+        Returns:
+            The resolution q that the block now has.
+        """
+        streams, side = _arguments(x, more, side)
+        resolution = _fitting([self], streams, side)
+        self.grid = resolution
+        return resolution
+
     def layer(self, index: int, side: Sides) -> Layer:
         """This block as the runtime's layer."""
         branches = {letter: self.get_submodule(letter) for letter in self.coupling.forward.branches}
@@ -170,6 +186,22 @@ class ReversibleSequence(nn.Module):
         """As `forward`, with the bits that an exact inverse needs where a coupling contracts."""
         return forward(list(self), x, side or {}, call=True)
 
+    @torch.no_grad()
+    def fit_grid(self, x: Streams, *more: Tensor | Sides, side: Sides | None = None) -> int:
+        """Choose the grid from what flows: the finest with room for 16 times the largest value that this input leads to.
+
+        Runs a copy on the input once; parameters, buffers and random numbers stay as they are. Without it the grid is
+        as given, 2^-12 at first.
+
+        Returns:
+            The resolution q that all blocks now have.
+        """
+        streams, side = _arguments(x, more, side)
+        resolution = _fitting(list(self), streams, side)
+        for block in self:
+            block.grid = resolution
+        return resolution
+
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -178,6 +210,14 @@ class ReversibleSequence(nn.Module):
 
     def __iter__(self) -> Iterator[Any]:  # Any: they are Reversible, which ModuleList does not know
         return iter(self.blocks)
+
+
+def _fitting(blocks: list[Reversible], streams: Streams, side: Sides) -> int:
+    """The resolution for blocks, found on copies of them."""
+    first = streams if isinstance(streams, Tensor) else streams[0]
+    devices = [first.device] if first.device.type not in ("cpu", "meta") else []
+    with torch.random.fork_rng(devices, device_type=first.device.type if devices else "cuda"):
+        return fitting_resolution(copy.deepcopy(blocks), streams, side)
 
 
 def _arguments(x: Streams, more: tuple[Tensor | Sides, ...], side: Sides | None) -> tuple[Streams, Sides]:

@@ -239,3 +239,27 @@ def test_an_inverse_that_draws_random_numbers_is_refused(depth: int) -> None:
             model.inverse(y)
     model[0].eval()
     assert difference(model[0].inverse(model[0](tokens())).detach(), tokens()) <= 2**-12  # the grid
+
+
+# The grid
+
+
+@pytest.mark.parametrize("size", [1e-3, 1, 1e4])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_the_grid_is_chosen_from_what_flows(size: float, depth: int) -> None:
+    model, x = sequence(additive, depth), tokens() * size
+    state, buffers = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    resolution = model.fit_grid(x)
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same(model.state_dict(), buffers)
+    assert [block.grid for block in model] == [resolution] * depth
+    assert (resolution <= 6) if size > 1 else (16 <= resolution <= 20)
+    assert_bitwise(model, x)
+    model.eval()
+    assert difference(model.inverse(model(x)).detach(), x) <= 2.0**-resolution
+    assert model[0].fit_grid(x * 1e3) <= resolution
+
+
+def test_no_grid_fits_values_that_are_not_finite() -> None:
+    with pytest.raises(revify.StreamError, match="no grid fits"):
+        sequence(additive).fit_grid(tokens() * float("inf"))

@@ -9,6 +9,7 @@ FSDP do); what is another tensor, or was changed in place, is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from torch import Tensor
 from revify.couplings.deriving import Coupling
 from revify.couplings.programs import Apply, names
 from revify.errors import RevifyError, StreamError
-from revify.runtime.grid import stream_dtype
+from revify.runtime.grid import Grid, stream_dtype
 from revify.runtime.layers import Layer, Sides
 from revify.runtime.numbers import Numbers, common_grid
 from revify.runtime.replay import version
@@ -30,6 +31,8 @@ from revify.runtime.tape import saves_nothing
 
 Streams = Tensor | tuple[Tensor, ...]
 Residues = list[dict[str, Tensor]]
+HEADROOM = 16  # times the largest value that was seen: later inputs and weights have larger ones
+FINEST = 20
 
 
 class Block(Protocol):
@@ -141,6 +144,25 @@ def inverse(blocks: Sequence[Block], y: Streams, side: Sides, residues: Residues
         with drawing_nothing(layer.name, given[0].device):
             streams = rewind.forward(layer.reversed(), streams, residues[index] if residues else {})
     return _finish(rewind, streams, blocks[0].dim if isinstance(y, Tensor) else None)
+
+
+def fitting_resolution(blocks: Sequence[Block], x: Streams, side: Sides) -> int:
+    """The finest grid with room for HEADROOM times the largest value that comes through the blocks for this input."""
+    given = _split(x, blocks[0], swapped=False)
+    dtype = torch.promote_types(given[0].dtype, torch.float64)
+    rewind = Rewind(Numbers(None, given[0].dtype), recorded=False)
+    streams = tuple(part.to(dtype) for part in given)
+    largest = [part.abs().max() for part in streams if part.numel()]
+    for index, block in enumerate(blocks):
+        streams = rewind.forward(block.layer(index, side), streams)
+        largest += [part.abs().max() for part in streams if part.numel()]
+    peak = float(torch.stack([part.double() for part in largest]).max()) if largest else 1.0
+    if not 0 < peak < math.inf:
+        raise StreamError(
+            f"the largest value that comes through these blocks is {peak}: no grid fits. Give another input."
+        )
+    room = math.floor(math.log2(Grid(0).limit(stream_dtype(given[0].dtype)) / (peak * HEADROOM)))
+    return min(room, FINEST)
 
 
 @contextmanager
