@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from revify.errors import RevifyError
 from revify.runtime.inverting import Function, InvertedCall, Pair, tensors
+from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
 from revify.runtime.torch_internals import hidden_from_compiler
 
@@ -58,6 +59,7 @@ class Invertible(nn.Module):
         if not tolerance > 0:
             raise RevifyError(f"Invertible: tolerance is {tolerance}; expected a positive number, for example 1e-4.")
         self.tolerance = tolerance
+        self._habits = Habits(), Habits()  # of the function, and of the inverse
         self.function, self.undoing = function, undoing  # modules among them are children
         for name, given in (("function_of", function), ("undoing_of", undoing)):
             owner = getattr(given, "__self__", None)
@@ -67,27 +69,28 @@ class Invertible(nn.Module):
     @hidden_from_compiler
     def forward(self, *x: Tensor, **side: Any) -> Any:  # Any: side inputs of every type pass through
         """What the function gives for one or several tensors; keyword arguments go to both functions."""
-        return self._run(self.function, self.undoing, _name_of(self.function), x, side)
+        pair = Pair(_name_of(self.function), self, self.function, self.undoing, self.tolerance, self._habits[0])
+        return _run(pair, x, side)
 
     @hidden_from_compiler
     def inverse(self, *y: Tensor, **side: Any) -> Any:  # Any: likewise
         """What the inverse gives, without stored activations either: in its backward the function gives y back."""
-        return self._run(self.undoing, self.function, f"the inverse of {_name_of(self.function)}", y, side)
-
-    def _run(
-        self, function: Function, inverse: Function, name: str, x: tuple[Tensor, ...], side: dict[str, Any]
-    ) -> Any:
-        if not x or not all(isinstance(value, Tensor) for value in x):
-            raise RevifyError(
-                f"Invertible: expected one or several tensors, got {', '.join(type(v).__name__ for v in x) or 'nothing'}. "
-                "What is no tensor goes by keyword, to both functions."
-            )
-        if not saves_nothing():
-            return function(*x, **side)
-        return InvertedCall(Pair(name, self, function, inverse, self.tolerance), side).first(x, side)
+        name = f"the inverse of {_name_of(self.function)}"
+        return _run(Pair(name, self, self.undoing, self.function, self.tolerance, self._habits[1]), y, side)
 
     def extra_repr(self) -> str:
         return f"tolerance={self.tolerance:g}"
+
+
+def _run(pair: Pair, x: tuple[Tensor, ...], side: dict[str, Any]) -> Any:
+    if not x or not all(isinstance(value, Tensor) for value in x):
+        raise RevifyError(
+            f"Invertible: expected one or several tensors, got {', '.join(type(v).__name__ for v in x) or 'nothing'}. "
+            "What is no tensor goes by keyword, to both functions."
+        )
+    if not saves_nothing():
+        return pair.function(*x, **side)
+    return InvertedCall(pair, side).first(x, side)
 
 
 def is_invertible(

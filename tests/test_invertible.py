@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from asserts import difference, gradients
+from asserts import Count, difference, gradients
 from ledger import Ledger
 from torch import Tensor, nn
 
@@ -24,10 +24,10 @@ class Scale(nn.Module):
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.logs = nn.Parameter(torch.linspace(-0.5, 0.5, width))
-        self.calls = 0
+        self.count = Count()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.count.up()
         return x * self.logs.exp()
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ def test_a_reversible_block_and_copies() -> None:
 def test_each_function_runs_twice() -> None:
     model = chain(4)
     model(rows().double() / 2).sum().backward()
-    assert [module.function.calls for module in model if isinstance(module.function, Scale)] == [2, 2]
+    assert [module.function.count.number for module in model if isinstance(module.function, Scale)] == [2, 2]
 
 
 def test_nothing_holds_itself() -> None:

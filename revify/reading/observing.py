@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revify.errors import RefusalError
 from revify.reading.tracing import Example, call_with, run_copy
 
 
@@ -137,7 +136,7 @@ class _Observer:
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaver(path), with_kwargs=True))
         try:
-            with torch.enable_grad(), saved_tensors_hooks(self._save, _unread):
+            with torch.enable_grad(), saved_tensors_hooks(self._save, _read):
                 call_with(model, example)
         finally:
             for handle in handles:
@@ -192,12 +191,14 @@ class _Observer:
     def _is_gone(self, key: ValueKey) -> bool:
         return self._alive[key.serial - 1]._version != key.version
 
-    def _save(self, tensor: Tensor) -> None:
+    def _save(self, tensor: Tensor) -> Tensor:
+        """Autograd saves this tensor, which a backward that the model runs in its forward gets back."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
             self._storages.add(storage._cdata)
             self._alive.append(tensor)
             self._saved += storage.nbytes()
+        return tensor.detach()
 
 
 def _kept_bytes(tensor: Tensor) -> int:
@@ -207,8 +208,8 @@ def _kept_bytes(tensor: Tensor) -> int:
         return tensor.numel() * tensor.element_size()
 
 
-def _unread(kept: None) -> Tensor:
-    raise RefusalError("the model ran a backward within its forward; revify cannot analyse that.")
+def _read(kept: Tensor) -> Tensor:
+    return kept
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | str, Tensor]]:

@@ -58,8 +58,9 @@ class Conditions:
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted({"cpu", device.type})
         )
-        conditions = cls(State(module, habits), Settings.now(), autocast)
         before = random_states(device)
+        whole = {place: KeptState(state) for place, state in before.items()}  # for a look inside while the body runs
+        conditions = cls(State(module, habits), Settings.now(), autocast, whole)
         yield conditions
         after = random_states(device)
         conditions.random = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from revify.errors import GridRangeError, ReplayError
+from revify.runtime.catching import LIKELY_CAUSES
 from revify.runtime.grid import Grid
-from revify.runtime.reruns import LIKELY_CAUSES
 from revify.words import WIDE_GRID
 
 FEWEST_POINTS = 16  # that the largest value of a stream must be away from zero

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from revify.errors import ReplayError, StreamError
 from revify.runtime.guards import in_the_end
 from revify.runtime.links import Rider
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
+from revify.runtime.states import Habits
 from revify.runtime.tape import Value, with_strides
 
 CHUNKS = 256  # of a tensor, each of which gives one number of its sketch
@@ -45,6 +47,7 @@ class Pair:
         function: of one or several tensors.
         inverse: of what that returns.
         tolerance: how far off an input may be that the inverse gives, relative to its size.
+        habits: what a run of the function is known to change.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Pair:
     function: Function
     inverse: Function
     tolerance: float
+    habits: Habits
 
 
 class HandedOn(Rider):
@@ -95,7 +99,7 @@ class InvertedCall:
         self.pair = pair
         self._inputs: list[Input] = []
         run = partial(_back_and_forth, pair, self._inputs)  # not of this call, or the two would hold each other
-        self._rerun = Rerun(pair.name, run, pair.module, SideInputs.of((), side), exact=False)
+        self._rerun = Rerun(pair.name, run, pair.module, SideInputs.of((), side), pair.habits, exact=False)
         self._outputs: dict[int, Value] = {}
         self._taken: dict[int, TakenOver] = {}
         self._given_back: dict[int, Tensor] = {}  # of what was taken over
@@ -206,7 +210,8 @@ def sketch(value: Tensor) -> Tensor:
 
 def _back_and_forth(pair: Pair, inputs: list[Input], *outputs: Tensor, **side: Any) -> tuple[tuple[Tensor, ...], Any]:
     """The inputs, by the inverse, and what the function gives for them."""
-    with torch.no_grad(), _random_numbers_afterwards(outputs[0].device):
+    own = saved_tensors_hooks(Tensor.detach, lambda kept: kept)  # for an inverse that runs a backward of its own
+    with torch.no_grad(), own, _random_numbers_afterwards(outputs[0].device):
         found = tensors(pair.inverse(*outputs, **side), f"the inverse of {pair.name}")
     if len(found) != len(inputs):
         raise StreamError(f"the inverse of {pair.name} gave {len(found)} tensors, but {len(inputs)} went in.")

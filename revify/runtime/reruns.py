@@ -19,21 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, saved_tensors_hooks
-from torch.utils import _pytree as pytree
+from torch.autograd.graph import saved_tensors_hooks
 
 from revify.errors import ReplayError, StreamError
+from revify.runtime.catching import LIKELY_CAUSES, Catcher, EnoughError, refuse_changes
 from revify.runtime.conditions import Conditions
 from revify.runtime.fingerprints import Fingerprint
 from revify.runtime.randomness import Draws
 from revify.runtime.replay import SideInputs, version
-from revify.runtime.states import Habits, Watched
-
-LIKELY_CAUSES = (
-    "Likely causes: a non-deterministic kernel (torch.use_deterministic_algorithms(True) finds it), random numbers "
-    "that revify does not repeat (Python's, numpy's, those that another thread draws at the same time), a state "
-    "outside of the module's own attributes, weights changed through .data between forward and backward."
-)
+from revify.runtime.states import Habits
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +105,8 @@ class Rerun:
         self._dropped: set[int] = set()
         self._fingerprint: dict[torch.device, Tensor] = {}
         self._caught: dict[int, tuple[Tensor, int]] = {}
+        self._running: Callable[[], Any] | None = None  # the first run, while it goes on
+        self._reads_itself = False  # whether a backward of its own asked for what it had saved
 
     def first(self, call: Callable[[], Any], device: torch.device, load: Callable[[], None]) -> Any:
         """Run the module in forward, saving nothing.
@@ -137,8 +133,13 @@ class Rerun:
                     fingerprint.add(tensor)
                 return Placeholder(self, load, index, tensor.shape, tensor.dtype)
 
-            with saved_tensors_hooks(drop, _fetch):
-                outputs = call()
+            self._running = call
+            try:
+                with saved_tensors_hooks(drop, _fetch):
+                    outputs = call()
+            finally:
+                self._running = None
+                self._caught.clear()
         with torch.no_grad():
             self._fingerprint = fingerprint.value()
         return outputs
@@ -157,15 +158,14 @@ class Rerun:
         assert self._conditions is not None  # `first` comes first: an invariant, not a check of user input
         moved = self._conditions.state.moved()
         args, kwargs = self._side.again()
-        catcher = _Catcher(self._saves, self._dropped, Fingerprint(whole_last=not self._seen), self.name)
+        catcher = Catcher(self._saves, self._dropped, Fingerprint(whole_last=not self._seen), self.name)
         catcher.ends = catch and not outputs and not moved
-        hooks: AbstractContextManager[None] = saved_tensors_hooks(
-            catcher.keep if catch else _forget, partial(_unreadable, self.name)
-        )
+        pack = catcher.keep if catch else _detached if self._reads_itself else _forget
+        hooks: AbstractContextManager[None] = saved_tensors_hooks(pack, partial(_own, self.name))
         found: Any = None
-        with self._conditions.restored(), hooks, suppress(_EnoughError):
+        with self._conditions.restored(), hooks, suppress(EnoughError):
             found = self._run(*values, *args, **kwargs)
-        _refuse_changes(self.name, moved, found)
+        refuse_changes(self.name, moved, found)
         if catch:
             self._caught = catcher.all_caught()
             with torch.no_grad():
@@ -185,7 +185,7 @@ class Rerun:
     def fetch(self, placeholder: Placeholder) -> Tensor:
         """The tensor that the placeholder stands for."""
         if placeholder.index not in self._caught:
-            placeholder.load()
+            (placeholder.load if self._running is None else self._look_inside)()
         tensor, before = self._caught.pop(placeholder.index)
         if version(tensor) != before:
             raise StreamError(
@@ -199,84 +199,15 @@ class Rerun:
             )
         return tensor
 
-
-class _EnoughError(BaseException):
-    """Ends a second run of which nothing more is needed; no error, and nothing that a block's own `except` should see."""
-
-
-class _Catcher:
-    """What autograd saves in a second run.
-
-    Args:
-        expected: how many tensors the first run saved.
-        dropped: which of them it dropped.
-        fingerprint: of these.
-        name: of the module, for errors.
-
-    Attributes:
-        ends: whether the run may end when it has saved all of them.
-    """
-
-    def __init__(self, expected: int, dropped: set[int], fingerprint: Fingerprint, name: str) -> None:
-        self.ends = False
-        self.fingerprint = fingerprint
-        self._expected, self._dropped, self._name = expected, dropped, name
-        self._caught: list[tuple[Tensor, int]] = []
-
-    def keep(self, tensor: Tensor) -> None:
-        """Autograd saves this tensor."""
-        if len(self._caught) in self._dropped:
-            self.fingerprint.add(tensor)
-        self._caught.append((tensor.detach(), version(tensor)))
-        if self.ends and len(self._caught) == self._expected:
-            raise _EnoughError
-
-    def all_caught(self) -> dict[int, tuple[Tensor, int]]:
-        """The tensors with their versions, by their number."""
-        if len(self._caught) != self._expected:
-            raise ReplayError(
-                f"{self._name} saved {self._expected} tensors for backward in its first run and {len(self._caught)} when "
-                f"run again, so its gradients cannot be computed. {LIKELY_CAUSES}"
-            )
-        return dict(enumerate(self._caught))
-
-
-def _refuse_changes(name: str, moved: list[Watched], found: Any) -> None:
-    """Refuse a second run that used what was changed in place since the first.
-
-    A parameter that it did not use may change: an optimizer that steps within the backward has done with the parameters of
-    other branches of the same block already.
-    """
-    used = _parameters_behind(found) if moved else set()
-    for watched in moved:
-        shape = tuple(watched.tensor.shape)
-        if watched.lost:
-            raise ReplayError(
-                f"{name} changed a {watched.kind} of shape {shape} in its forward pass, which it had not done in its first "
-                "one, so its values before that are not known, and the block cannot be run again as it ran. Discard these "
-                "gradients; from the next forward pass on these values are kept."
-            )
-        if isinstance(watched.tensor, nn.Parameter) and watched.requires_grad and id(watched.tensor) not in used:
-            continue
-        raise StreamError(
-            f"{name}: a {watched.kind} of shape {shape} was changed in place between forward and backward, so the block "
-            "cannot be run again as it ran. Call optimizer.step() after backward()."
-        )
-
-
-def _parameters_behind(outputs: Any) -> set[int]:
-    """The identities of the parameters to which the graph of these outputs leads."""
-    nodes = [leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    seen: set[Node | None] = {None}
-    found = set()
-    while nodes:
-        node = nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            assert node is not None  # it is among those seen
-            found.add(id(getattr(node, "variable", None)))
-            nodes += [following for following, _ in node.next_functions]
-    return found
+    def _look_inside(self) -> None:
+        """Have what the first run saved so far, for a backward of the module's own: by one more run, from the start."""
+        assert self._conditions is not None  # the first run goes on
+        assert self._running is not None
+        self._reads_itself, run = True, self._running
+        catcher = Catcher(0, set(), Fingerprint(whole_last=False), self.name)
+        with self._conditions.restored(), saved_tensors_hooks(catcher.keep, partial(_own, self.name)):
+            run()
+        self._caught = catcher.caught()
 
 
 def _fetch(kept: Living | Placeholder) -> Tensor:
@@ -287,11 +218,16 @@ def _forget(tensor: Tensor) -> None:
     return None
 
 
-def _unreadable(name: str, kept: None) -> Tensor:
-    raise ReplayError(
-        f"{name} ran a backward of its own while it was run again; revify cannot serve that backward. Leave this block "
-        "out of the plan, or compute that gradient outside of it."
-    )
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _own(name: str, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        raise ReplayError(
+            f"{name} ran a backward of its own when it was run again, and had not in its first run. {LIKELY_CAUSES}"
+        )
+    return kept
 
 
 def _address(tensor: Tensor) -> int:

@@ -1,6 +1,8 @@
-"""streams="split": blocks that are called with more than their stream."""
+"""streams="split": blocks that are called with more than their stream, and optimizers that step within the backward."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
@@ -25,6 +27,18 @@ class SwitchedByTheCaller(zoo.Mlp):
     def forward(self, x: Tensor, act: str = "relu") -> Tensor:
         y = self.up(self.norm(x))
         return x + self.down(y.relu() if act == "relu" else y.tanh())
+
+
+class TwoMlps(zoo.Mlp):
+    """Two branches, both of which can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.second(x)
 
 
 class Calling(zoo.Net):
@@ -69,3 +83,30 @@ def test_a_block_called_with_its_default_is_cut_and_says_what_is_missing_when_ca
     model.values = (2.0,)
     with pytest.raises(revify.StreamError, match=r"argument scale is float, and was 1\.0 .* Plan with an example"):
         model(*model.example())
+
+
+@pytest.mark.parametrize("options", [{"streams": "split"}, {"bits": 1, "unit": "branch"}], ids=str)
+@pytest.mark.parametrize("kind", [lambda: zoo.Net(*(TwoMlps() for _ in range(4))), zoo.TwoAdditionsInABlock])
+def test_an_optimizer_may_step_within_the_backward(kind, options: dict[str, object]) -> None:
+    """Each parameter is stepped as soon as its gradient is there, while other branches of its block are yet to run again."""
+
+    def trained(plain: bool) -> list[Tensor]:
+        model = converted(kind, **options)
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+        def at_once(parameter: nn.Parameter) -> None:
+            optimizers[parameter].step()
+            parameter.grad = None
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(at_once)
+        for seed in range(2):
+            x = inputs_of(model, seed)
+            torch.manual_seed(seed)
+            with revify.plain_backward() if plain else contextlib.nullcontext():
+                model(*x).square().sum().backward()
+        return [p.detach() for p in model.parameters()]
+
+    plain = trained(plain=True)
+    assert any(not torch.equal(a, b) for a, b in zip(plain, converted(kind, **options).parameters(), strict=True))
+    assert all(map(torch.equal, trained(plain=False), plain))
