@@ -57,7 +57,7 @@ class Calling(zoo.Net):
 
 
 def ways(model: nn.Module) -> list[str]:
-    return [half.how for stage in model.revify_plan.stages for block in stage.blocks for half in block.halves]
+    return [half.how for stage in model.revify_plan.stages for block in stage.blocks for half in block.split_branches]
 
 
 @pytest.mark.parametrize("options", [{"streams": "split"}, {"bits": 1}, {"bits": 1, "unit": "branch"}], ids=str)
