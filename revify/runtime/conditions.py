@@ -59,8 +59,8 @@ class Conditions:
             for kind in sorted({"cpu", device.type})
         )
         before = random_states(device)
-        whole = {place: KeptState(state) for place, state in before.items()}  # for a look inside while the body runs
-        conditions = cls(State(module, habits), Settings.now(), autocast, whole)
+        conditions = cls(State(module, habits), Settings.now(), autocast)
+        conditions.random.update({p: KeptState(s) for p, s in before.items()})  # for a look inside while the body runs
         yield conditions
         after = random_states(device)
         conditions.random = {
