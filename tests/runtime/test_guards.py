@@ -362,8 +362,7 @@ def test_a_backward_inside_of_a_block() -> None:
 
     model = converted(lambda: zoo.Net(*(Inner() for _ in range(4))))
     model.blocks[2].inner = True
-    with pytest.raises((ReplayError, StreamError), match=r"blocks.2.*a backward of its own"):
-        model(*inputs_of(model)).sum().backward()
+    assert_same_gradients(model, inputs_of(model))
 
 
 # Changes between forward and backward
