@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from revify.errors import RevifyError
+from revify.finetuning.folders import read_folder
 from revify.finetuning.recipe import Recipe
 
 DIGITS = "digits"
@@ -54,9 +55,22 @@ class Images(Dataset[tuple[Tensor, int]]):
             return source.convert(self.mode)
         try:
             with Image.open(source) as image:
-                return image.convert(self.mode)
+                return _with_eight_bits(image).convert(self.mode)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:  # PIL raises all of these
             raise RevifyError(f"the image {source} cannot be read ({error}): repair or remove it.") from error
+
+
+def _with_eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits a pixel with 8; PIL itself would cut off what is above 255.
+
+    Raises:
+        ValueError: 32 bits, which can mean anything.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older PILs read it
+        return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, and no range that says what is white; save it with 8 or 16 bits")
+    return image
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,7 @@ class ImageData:
         classes: names in the order of their numbers.
         hflip: probability of a mirror image that suits them: .5, or 0 where a mirror image is something else.
         crop_pct: share of the image that validation looks at; None is the model's own.
+        remarks: what the user should know about them, such as files that were left out.
     """
 
     name: str
@@ -78,6 +93,7 @@ class ImageData:
     classes: tuple[str, ...]
     hflip: float = 0.5
     crop_pct: float | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def open_data(source: str | Path, channels: int) -> ImageData:
@@ -85,7 +101,7 @@ def open_data(source: str | Path, channels: int) -> ImageData:
 
     Args:
         source: "digits", a folder with `train` and `val` inside, each with a folder for every class, or one
-            folder of classes, of which a fixed fifth, stratified, is for validation.
+            folder of classes, of which a fixed fifth, stratified, is for validation; see folders.py.
         channels: of the model's input: 3, or 1 for grey images.
 
     Returns:
@@ -105,19 +121,22 @@ def open_data(source: str | Path, channels: int) -> ImageData:
         raise RevifyError(f'the data folder {root} {what}: give a folder of images by class, or "{DIGITS}".')
     train, validation = _subfolder(root, _TRAIN_NAMES), _subfolder(root, _VALIDATION_NAMES)
     if train and validation:
-        samples, classes = _read_folder(train)
-        held_out, others = _read_folder(validation)
-        _check_classes(train, classes, validation, others)
+        found, others = read_folder(train), read_folder(validation)
+        samples: list[Sample] = list(found.samples)
+        held_out: list[Sample] = list(others.samples)
+        _check_classes(train, found.classes, validation, others.classes)
+        remarks = found.remarks + others.remarks
     elif train:
         raise RevifyError(f"{root} has {train.name}/ but no val/: add it, or give {train} to have a fifth split off.")
     else:
-        found, classes = _read_folder(root)
-        samples, held_out = _split(found, classes, root)
-    if len(classes) < 2:
+        found = read_folder(root)
+        samples, held_out = _split(found.samples, found.classes, root)
+        remarks = found.remarks
+    if len(found.classes) < 2:
         raise RevifyError(
-            f"{root} has one class only ({classes[0]}), so there is nothing to learn: add a folder per class."
+            f"{root} has one class only ({found.classes[0]}), so there is nothing to learn: add a folder per class."
         )
-    return ImageData(str(root), Images(samples, mode), Images(held_out, mode), classes)
+    return ImageData(str(root), Images(samples, mode), Images(held_out, mode), found.classes, remarks=remarks)
 
 
 def make_loaders(
@@ -189,19 +208,6 @@ def _digits(mode: str) -> ImageData:
 
 def _subfolder(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
-
-
-def _read_folder(folder: Path) -> tuple[list[Sample], tuple[str, ...]]:
-    try:
-        next(folder.iterdir(), None)
-        found, numbers = find_images_and_targets(str(folder))
-    except OSError as error:
-        raise RevifyError(f"the data folder {folder} cannot be read: {error.strerror}.") from error
-    if not found or "" in numbers:
-        what = "images that are in no class folder" if "" in numbers else "no images"
-        raise RevifyError(f"{folder} has {what}: expected {folder}/CLASS/image.png (or .jpg, .jpeg).")
-    classes = tuple(sorted(numbers, key=lambda name: numbers[name]))
-    return [(Path(path), target) for path, target in found], classes
 
 
 def _check_classes(train: Path, classes: tuple[str, ...], validation: Path, others: tuple[str, ...]) -> None:

@@ -183,6 +183,8 @@ def _open(recipe: Recipe, progress: Progress) -> tuple[Created, ImageData]:
     created = create(wanted)
     if created.remark:
         progress.note(created.remark)
+    for remark in data.remarks:
+        progress.note(remark)
     progress.note(f"{data.name}: {len(data.train)} images to train on, {len(data.validation)} to validate on")
     return created, data
 
