@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from revify.runtime.torch_internals import is_transforming
 from revify.words import SHORT_GRID
 
 Sign = Tensor | float | None  # of γ: ±1 for each sample, ±1, or None for +1
@@ -59,6 +60,8 @@ class Grid:
         """
         with torch.no_grad():
             points = values.to(self.held_in(values.dtype)).mul(self.scale).round_()
+            if is_transforming():  # torch.vmap takes no `out=`
+                return points.mul_(1 / self.scale).add_(0.0)
             zero = torch.zeros((), dtype=points.dtype, device=points.device)
             return torch.add(zero, points, alpha=1 / self.scale, out=points)
 
@@ -71,10 +74,15 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 class OnGrid(Function):
     """Round to the grid; the gradient passes straight through."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, grid: Grid) -> Tensor:  # Any: autograd's context has no public type
-        ctx.dtype = values.dtype
+    def forward(values: Tensor, grid: Grid) -> Tensor:
         return grid.round(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # Any: autograd's have no public type
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -88,10 +96,15 @@ class Resume(Function):
     as far as its type holds it, and the value gets the rest: together nothing is lost.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, shown: Tensor, value: Tensor) -> Tensor:
-        ctx.dtype = shown.dtype
+    def forward(shown: Tensor, value: Tensor) -> Tensor:
         return value.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,10 +120,15 @@ class Gap(Function):
     through the branch, this node holds only a reference to the incoming gradient, not γ·grad and −γ·grad.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, older: Tensor, forecast: Tensor, bits: int, sign: Sign = None) -> Tensor:
-        ctx.gamma = gain(bits, sign)
+    def forward(older: Tensor, forecast: Tensor, bits: int, sign: Sign = None) -> Tensor:
         return older - forecast
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gamma = gain(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -121,25 +139,29 @@ class Gap(Function):
 class Join(Function):
     """z[k+1] and its residue from t, u and what the forecast adds after the branch; du is left to `Gap`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid, sign: Sign = None
+        t: Tensor, gap: Tensor, late: Tensor | None, bits: int, grid: Grid, sign: Sign = None, keep: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.gamma = gain(bits, sign)
+        return step(t, gap if late is None else gap - late, bits, grid, sign, keep=keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        ctx.gamma = gain(inputs[3], inputs[5])
         ctx.set_materialize_grads(False)
-        value, residue = step(t, gap if late is None else gap - late, bits, grid, sign)
-        if residue is not None:
-            ctx.mark_non_differentiable(residue)
-        return value, residue
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         late = None
         if ctx.needs_input_grad[2]:
             late = -grad if ctx.gamma is None else grad * -ctx.gamma
-        return grad, grad, late, None, None, None
+        return grad, grad, late, None, None, None, None
 
 
 def random_signs(z: Tensor) -> Tensor:
@@ -159,7 +181,9 @@ def gain(bits: int, sign: Sign) -> Tensor | float | None:
     return sign * gamma if sign is not None else gamma if bits else None
 
 
-def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Sign = None) -> tuple[Tensor, Tensor | None]:
+def step(
+    t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Sign = None, *, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """z[k+1] and the packed residue from T(z[k]) and the gap u.
 
     Args:
@@ -168,9 +192,11 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Sign = None) -> tu
         bits: b, 0…8.
         grid: the grid of both.
         sign: of γ, ±1, or ±1 for each sample, [n, 1, …]; None for +1.
+        keep: whether the residue is needed: no backward without a graph undoes the step.
 
     Returns:
-        z[k+1], same shape, and ceil(b·n/8) bytes (a few more where b is no power of two), or None at 0 bits.
+        z[k+1], same shape, and ceil(b·n/8) bytes (a few more where b is no power of two), or None at 0 bits and where
+        the residue is not needed.
         The bytes follow the memory order of t, which the inverse has, too.
     """
     with torch.no_grad():
@@ -179,6 +205,8 @@ def step(t: Tensor, gap: Tensor, bits: int, grid: Grid, sign: Sign = None) -> tu
         points = gap * grid.scale
         kept = points * 2.0**-bits
         kept.floor_()
+        if not keep:
+            return _add(t, kept.mul_(1 / grid.scale), sign), None
         residue = torch.empty_like(t, dtype=torch.uint8).copy_(points.sub_(kept, alpha=2.0**bits))
         del points
         kept.mul_(1 / grid.scale)

@@ -28,6 +28,7 @@ from revify.runtime.rewinding import Rewind
 from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
+from revify.runtime.torch_internals import is_transforming
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,12 @@ class Chained(StandIn):
 
     def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both halves, each dense in memory, in the order in which z is."""
-        flat = z.dim() == 4 and z.is_contiguous(memory_format=torch.channels_last) and not z.is_contiguous()
+        flat = (
+            z.dim() == 4
+            and not is_transforming()
+            and z.is_contiguous(memory_format=torch.channels_last)
+            and not z.is_contiguous()
+        )
         order = torch.channels_last if flat else torch.contiguous_format
         sizes = [part.stop - part.start for part in (half_range(half, self.rule.channels) for half in (0, 1))]
         one, two = (part.contiguous(memory_format=order) for part in torch.split(z, sizes, self.rule.axis))

@@ -102,14 +102,19 @@ class Numbers:
 class Contract(Function):
     """Multiply by ±2^-b and round down to the grid, with the gradient of the product."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float, grid: Grid) -> tuple[Tensor, Tensor]:
-        ctx.factor = factor
+    def forward(value: Tensor, factor: float, grid: Grid) -> tuple[Tensor, Tensor]:
         gap = value if factor > 0 else -value
         result, residue = step(torch.zeros_like(gap), gap, _bits(factor), grid)
         assert residue is not None  # b > 0
-        ctx.mark_non_differentiable(residue)
         return result, residue
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.factor = inputs[1]
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
@@ -119,11 +124,16 @@ class Contract(Function):
 class Expand(Function):
     """Undo `Contract`; the factor is that of the inverse."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, residue: Tensor, bits: int, factor: float, grid: Grid) -> Tensor:
-        ctx.factor = factor
+    def forward(value: Tensor, residue: Tensor, bits: int, factor: float, grid: Grid) -> Tensor:
         gap = unstep(value, torch.zeros_like(value), residue, bits, grid)
         return gap if factor > 0 else 0 - gap
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factor = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

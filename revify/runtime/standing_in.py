@@ -57,10 +57,14 @@ class StandIn:
         return self.run(*args, **kwargs)
 
     @property
-    def _torchscript_modifier(self) -> NoReturn:
-        """What torch.jit.script asks first of all."""
-        raise RefusalError(
+    def __globals__(self) -> NoReturn:
+        """What torch.jit.script asks for, to compile a forward from its source."""
+        raise _NoSourceError(
             f"{self.name}: torch.jit.script compiles the source of a forward, and a converted block has none of its own. "
             "Script the plain model, torch.jit.script(revify.revert(model)), or trace the converted one: "
             "torch.jit.trace(model.eval(), inputs)."
         )
+
+
+class _NoSourceError(RefusalError, AttributeError):
+    """Who only asks whether there is a source hears no, as of every missing attribute."""

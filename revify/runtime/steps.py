@@ -131,7 +131,7 @@ class Step(StandIn):
                 gap, t, late, others = self._branch(z, older, sign, coupled, branch_dtype, *args, **kwargs)
         value, residue = t, None
         if coupled:
-            value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign)
+            value, residue = Join.apply(t, gap, late, self.rule.bits[self.index], self.rule.grid, sign, recorded)
         if recorded:
             if coupled:
                 tape.observe(self.index, gap)
