@@ -152,6 +152,7 @@ class StagePlan:
         grid: resolution of its grid, None where it is that of the plan.
         pattern: of balanced signs: + or - for each coupled step, begun anew where it is shorter than the stage.
         step: "coded", updates coded in `bits` bits, or "recurrence".
+        copied: whether its output is handed on as a copy, since the model changes it in place.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -168,6 +169,7 @@ class StagePlan:
     grid: Annotated[int, Range(0, MAX_GRID)] | None = None
     pattern: str = FORMERLY_BALANCED
     step: Annotated[str, Among(STEPS)] = "recurrence"
+    copied: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -192,7 +194,7 @@ class StagePlan:
             code = code_bytes(self.shape, self.bits)
             return math.prod(self.shape) * getattr(torch, self.dtype).itemsize + code * (len(self.steps) - 1)
         elements = self.stream_bytes // self.element_bytes
-        return 2 * self.stream_bytes + sum(elements * bits // 8 for bits in self.step_bits[1:])
+        return (3 if self.copied else 2) * self.stream_bytes + sum(elements * bits // 8 for bits in self.step_bits[1:])
 
     def with_bits(self, bits: int) -> StagePlan:
         """The same with these bits in every step."""

@@ -72,7 +72,7 @@ def _views(call: Call) -> list[tuple[int | None, Call]]:
 def _blocks_of(view: tuple[int | None, Call], whole: Call, trace: Trace) -> Iterator[ResidualBlock]:
     result, call = view
     for stream in call.inputs:
-        alike = (stream.shape, stream.dtype) == (call.shape, call.dtype)
+        alike = (stream.shape, stream.dtype) == (call.shape, call.dtype) and stream.dtype.is_floating_point
         if not alike or stream.changed or stream.key == call.output:
             continue
         shortcut = _shortcut_of(whole, stream, result, trace)

@@ -19,6 +19,7 @@ from revify.planning.stages import Stage, channel_axis, find_runs
 from revify.planning.transitions import find_checkpoints
 from revify.plans import BlockPlan, Plan, Refusal, StagePlan
 from revify.reading.draws import drawing, observe_passes
+from revify.reading.observing import Observation
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
 from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
@@ -43,7 +44,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     blocks = tuple(b for b in find_blocks(observation, graph, modules) if b.call.path not in passes.skipped)
 
     def planned(stage: Stage) -> StagePlan:
-        return _stage_plan(stage, method, None)
+        return _stage_plan(stage, method, None, observation)
 
     runs = find_runs(blocks, graph)
     stages = choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
@@ -55,7 +56,9 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         example=tuple(tuple(x.shape) for x in tensors_of(example)),
         grid=DEFAULT_GRID if method.grid == "auto" else method.grid,
         transitions=method.transitions,
-        stages=tuple(_stage_plan(stage, method, channel_axis(stage, observation, modules)) for stage in stages),
+        stages=tuple(
+            _stage_plan(stage, method, channel_axis(stage, observation, modules), observation) for stage in stages
+        ),
         checkpointed=(),
         refusals=_explained(find_refusals(observation, graph, blocks, stages, modules), passes.skipped),
         saved_bytes=observation.saved_bytes,
@@ -82,7 +85,7 @@ def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[
     return tuple(Refusal(r.path, reason, remedy) if r.path in skipped else r for r in refusals)
 
 
-def _stage_plan(stage: Stage, method: Method, axis: int | None) -> StagePlan:
+def _stage_plan(stage: Stage, method: Method, axis: int | None, observation: Observation) -> StagePlan:
     call = stage.blocks[0].call
     return StagePlan(
         blocks=tuple(
@@ -100,4 +103,5 @@ def _stage_plan(stage: Stage, method: Method, axis: int | None) -> StagePlan:
         pattern=BALANCED,
         axis=axis,
         step=method.first_step,
+        copied=stage.blocks[-1].call.output in observation.passing,
     )

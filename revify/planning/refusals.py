@@ -67,6 +67,8 @@ def _explain(call: Call, count: int, block: ResidualBlock | None, concatenated: 
     if call.output is None and block is None:
         reason = "does not return a tensor, or several none of which is its input with something added"
         return Refusal(call.path, reason, "checkpoint it")
+    if call.dtype is not None and call.dtype.is_complex:
+        return Refusal(call.path, "its stream is of complex numbers, which have no grid", "checkpoint it")
     if any(i.changed for i in call.inputs):
         reason = "changes its input in place, which the backward would have to reconstruct"
         return Refusal(call.path, reason, "make its first operation out of place (activations: inplace=False)")

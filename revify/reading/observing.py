@@ -88,7 +88,7 @@ class Observation:
     Args:
         calls: in the order of their start.
         saved_bytes: what the whole pass saved.
-        passing: values that were given to a module and are gone in the end, since something changed them in place.
+        passing: values that a module was given or returned and that are gone in the end, since something changed them in place.
     """
 
     calls: tuple[Call, ...]
@@ -126,8 +126,8 @@ class _Observer:
 
     def watch(self, model: nn.Module, example: Example) -> Observation:
         parameters = list(model.parameters())
-        if all(p.is_meta and not p.requires_grad for p in parameters):
-            model.requires_grad_(True)  # a frozen model: what would be saved once it is trained
+        for parameter in parameters:  # of frozen parts: what would be saved once they are trained
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         owned = [*parameters, *model.buffers()]
         self._storages = {t.untyped_storage()._cdata for t in owned}
         handles = []
@@ -142,8 +142,11 @@ class _Observer:
             for handle in handles:
                 handle.remove()
         calls = tuple(sorted(self._calls, key=lambda call: call.order))
-        given = {i.key for call in calls for i in call.inputs}
-        return Observation(calls, self._saved, frozenset(key for key in given if self._is_gone(key)))
+        seen = {i.key for call in calls for i in call.inputs} | {
+            call.output for call in calls if call.output is not None
+        }
+        seen |= {result.key for call in calls for result in call.results}
+        return Observation(calls, self._saved, frozenset(key for key in seen if self._is_gone(key)))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = tuple(
@@ -193,7 +196,11 @@ class _Observer:
 
     def _save(self, tensor: Tensor) -> Tensor:
         """Autograd saves this tensor, which a backward that the model runs in its forward gets back."""
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # sparse
+            self._saved += _kept_bytes(tensor)
+            return tensor.detach()
         if storage._cdata not in self._storages:
             self._storages.add(storage._cdata)
             self._alive.append(tensor)

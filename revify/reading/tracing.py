@@ -73,7 +73,8 @@ def copy_with_data(model: nn.Module) -> nn.Module:
 
     What a module changes when it runs (running statistics, a codebook, norms that the first batch sets) is not large.
     """
-    return bare(copy_tree(model, {id(p): p for p in model.parameters() if p.numel() > MAY_CHANGE}, Tensor.detach))
+    large = (p for p in model.parameters() if p.numel() > MAY_CHANGE)
+    return bare(copy_tree(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in large}, Tensor.detach))
 
 
 def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Example], Result]) -> Result:

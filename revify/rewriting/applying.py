@@ -178,7 +178,7 @@ def _coded_rule(stage: StagePlan) -> CodedRule:
 
 
 def _rule(stage: StagePlan, grid: Grid) -> StageRule:
-    return StageRule(stage.steps, stage.step_bits, grid, stage.sign, stage.pattern)
+    return StageRule(stage.steps, stage.step_bits, grid, stage.sign, stage.pattern, stage.copied)
 
 
 def _steps(block: nn.Module) -> tuple[Any, ...]:  # Any: of one kind or the other

@@ -57,6 +57,7 @@ class Conditions:
         autocast = tuple(
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted({"cpu", device.type})
+            if torch.amp.is_autocast_available(kind)
         )
         before = random_states(device)
         conditions = cls(State(module, habits), Settings.now(), autocast)

@@ -28,7 +28,7 @@ from revify.runtime.rewinding import Rewind
 from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import saves_nothing
-from revify.runtime.torch_internals import is_transforming
+from revify.runtime.torch_internals import is_autocast, is_transforming
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Chained(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
         x, (args, kwargs) = split_stream(self.stream, self.name, args, kwargs)
-        branch_dtype = stream_dtype(x.dtype) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        branch_dtype = stream_dtype(x.dtype) if is_autocast(x.device.type) else x.dtype
         chain, z = self._take(x, branch_dtype)
         halves = dict(enumerate(self._halves(z)))
         if self.index == 0:
@@ -126,10 +126,10 @@ class Chained(StandIn):
         z = x if link is None or link.newest is None else Resume.apply(x, link.newest)
         if link is not None:
             assert isinstance(link.tape, Chain)  # a rule belongs to the blocks of one stage
-            if link.tape.rewind.recorded == saves_nothing():
+            if link.tape.rewind.recorded == saves_nothing(x):
                 return link.tape, z
         numbers = Numbers(self.rule.grid, branch_dtype)
-        return Chain(self.rule, Rewind(numbers, recorded=saves_nothing())), z
+        return Chain(self.rule, Rewind(numbers, recorded=saves_nothing(x))), z
 
     def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Both halves, each dense in memory, in the order in which z is."""

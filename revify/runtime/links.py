@@ -96,19 +96,11 @@ def leave_link(x: Tensor) -> None:
     carrier(x, "revify_link").__dict__.pop("revify_link", None)
 
 
-<<<<<<< HEAD
 def carrier(x: Tensor, name: str) -> Tensor:
     """The value that carries the rider of this name: FSDP and backward hooks hand on an alias of it."""
-    if x.__dict__.get(name) or x._base is None or not _same_place(x, x._base):
-        return x
-    return x._base
-=======
-def _owner(x: Tensor) -> Tensor:
-    """The value that carries the link: FSDP and backward hooks hand on an alias of it."""
     base = x._base
-    carried = not x.__dict__.get("revify_link") and base is not None and base.__dict__.get("revify_link")
+    carried = not x.__dict__.get(name) and base is not None and base.__dict__.get(name)
     return base if carried and base is not None and _same_place(x, base) else x
->>>>>>> f7f7573 (torch.fx, export and jit.trace read converted models; per-sample gradients of torch.func work under plain_backward; every other reader is told what to do; replicas of DataParallel keep plain_backward)
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revify.runtime.torch_internals import is_exporting
+
 FEW = 64  # differing bytes, up to which a state is kept as what differs
 
 
@@ -79,7 +81,7 @@ def own_numbers(*, draws: bool) -> Iterator[None]:
     Args:
         draws: whether the body may draw at all; if it does not, the generator is as it was.
     """
-    if not draws:
+    if not draws or is_exporting():
         yield
         return
     before = torch.get_rng_state()

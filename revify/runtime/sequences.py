@@ -28,6 +28,7 @@ from revify.runtime.numbers import Numbers, common_grid
 from revify.runtime.replay import version
 from revify.runtime.rewinding import Rewind
 from revify.runtime.tape import saves_nothing
+from revify.runtime.torch_internals import is_autocast
 
 Streams = Tensor | tuple[Tensor, ...]
 Residues = list[dict[str, Tensor]]
@@ -116,8 +117,8 @@ def forward(blocks: Sequence[Block], x: Streams, side: Sides, *, call: bool) -> 
     given = _split(x, blocks[0], swapped=False)
     device, dtype = given[0].device, given[0].dtype
     grid = common_grid((block.coupling for block in blocks), blocks[0].grid)
-    branch_dtype = stream_dtype(dtype) if torch.is_autocast_enabled(device.type) else dtype
-    rewind = Rewind(Numbers(grid, branch_dtype), recorded=saves_nothing())
+    branch_dtype = stream_dtype(dtype) if is_autocast(device.type) else dtype
+    rewind = Rewind(Numbers(grid, branch_dtype), recorded=saves_nothing(*given))
     streams = tuple(map(rewind.numbers.held, given))
     if call:
         streams = _through(blocks, rewind, streams, side)
@@ -132,7 +133,7 @@ def inverse(blocks: Sequence[Block], y: Streams, side: Sides, residues: Residues
     couplings = [block.coupling for block in blocks]
     grid = common_grid(couplings, blocks[0].grid)
     given = _split(y, blocks[0], swapped=sum(map(_swaps, couplings)) % 2 == 1)
-    rewind = Rewind(Numbers(grid, given[0].dtype), recorded=saves_nothing(), divides=True)
+    rewind = Rewind(Numbers(grid, given[0].dtype), recorded=saves_nothing(*given), divides=True)
     if residues is None and any(rewind.numbers.bits(coupling) for coupling in couplings):
         raise RevifyError(
             f"{couplings[0].name} contracts: its outputs alone do not say what its inputs were. Keep the bits: "

@@ -26,6 +26,7 @@ from revify.runtime.reruns import Rerun
 from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import Entry, StageRule, Tape, saves_nothing
+from revify.runtime.torch_internals import is_autocast
 
 
 class Step(StandIn):
@@ -67,7 +68,7 @@ class Step(StandIn):
             return self._plain(args, kwargs)
         x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
-        branch_dtype = stream_dtype(x.dtype) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        branch_dtype = stream_dtype(x.dtype) if is_autocast(x.device.type) else x.dtype
         value, others = self._step(tape, z, older, side, branch_dtype)
         visible = value.to(branch_dtype)
         if self.index + 1 < len(self.rule.names):
@@ -75,6 +76,7 @@ class Step(StandIn):
             visible.revify_link = Link(tape, self.index + 1, z, newest, version(visible))  # type: ignore[attr-defined]
         else:
             tape.check_range()
+            visible = visible.clone() if self.rule.copied and visible is value else visible
         if self.result is None:
             return visible
         return (*others[: self.result], visible, *others[self.result :])
@@ -99,7 +101,7 @@ class Step(StandIn):
         link = take_link(x, self.rule, self.index)
         if link is None or link.older is None:
             tape = Tape(self.rule)
-            if saves_nothing():
+            if saves_nothing(x):
                 tape.enter(x)
             return tape, OnGrid.apply(x, self.rule.grid), None
         assert isinstance(link.tape, Tape)  # a rule belongs to steps only
@@ -113,7 +115,7 @@ class Step(StandIn):
         args, kwargs = side
         coupled = older is not None
         sign = self._sign(z) if coupled else None
-        recorded = saves_nothing()
+        recorded = saves_nothing(z)
         numbers = own_numbers(draws=self.module.training)
         if recorded:
             again = SideInputs.of((None, None, coupled, branch_dtype, *args), kwargs)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,13 +59,17 @@ def is_plain() -> bool:
     return _plain.get()
 
 
-def saves_nothing() -> bool:
+def saves_nothing(*values: Any) -> bool:
     """Whether a call made now is to drop what autograd saves: not without gradients, in a plain backward or an export.
+
+    Args:
+        values: what the call is given; of tensors without data nothing can be dropped.
 
     Raises:
         StreamError: a transform of torch.func runs, which takes no hooks on saved tensors.
     """
-    if not torch.is_grad_enabled() or is_plain() or is_exporting():
+    without_data = any(isinstance(value, Tensor) and value.is_meta for value in values)
+    if not torch.is_grad_enabled() or is_plain() or is_exporting() or without_data:
         return False
     if is_transforming():
         raise StreamError(
@@ -86,6 +90,7 @@ class StageRule:
         sign: of γ: "positive"; "balanced", by the pattern; "random" for each sample and step while training, and no
             coupling at all in eval mode.
         pattern: of balanced signs, + and - for the coupled steps, repeated.
+        copied: whether the last step hands on a copy, which the model may change in place.
     """
 
     names: tuple[str, ...]
@@ -93,6 +98,7 @@ class StageRule:
     grid: Grid
     sign: str = "positive"
     pattern: str = BALANCED
+    copied: bool = False
 
 
 @dataclass(slots=True)

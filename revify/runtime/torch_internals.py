@@ -9,6 +9,11 @@ from torch._compile import _disable_dynamo
 hidden_from_compiler = _disable_dynamo
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; some, as the meta device, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def is_exporting() -> bool:
     """Whether torch reads the model into a graph: by torch.export, torch.jit.trace or a way to ONNX through these."""
     return torch.compiler.is_exporting() or torch._C._is_tracing()

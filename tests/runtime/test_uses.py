@@ -112,3 +112,109 @@ def test_all_in_eval_mode_but_one_block() -> None:
     both_ways(model, lambda: model(x).square().sum().backward())
     twin = copy.deepcopy(model)
     assert_same_gradients(twin, [x])
+
+
+# Outputs of a stage that the model changes in place
+
+
+class InPlaceAfterwards(zoo.Net):
+    def __init__(self, how: str) -> None:
+        super().__init__(*(zoo.Mlp() for _ in range(4)))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = skip = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        if self.how == "relu_":
+            torch.relu_(x)
+        else:
+            x += skip
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("how", ["relu_", "+="])
+@pytest.mark.parametrize("options", [{}, {"bits": 0}, {"unit": "branch"}, {"streams": "split"}, {"sign": "random"}])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_output_of_a_stage_is_changed_in_place(
+    how: str, options: dict[str, object], autocast: torch.dtype | None
+) -> None:
+    model = converted(lambda: InPlaceAfterwards(how), **options)
+    assert [stage.copied for stage in model.revify_plan.stages] == [True]
+    assert_same_gradients(model, inputs_of(model), autocast=autocast)
+    assert not converted(zoo.PreNormBlocks).revify_plan.stages[0].copied
+
+
+# Frozen parts
+
+
+@pytest.mark.parametrize("trained", [(), ("head",), ("blocks.3", "head"), ("stem",), ("blocks.1",)])
+@pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.DropoutAndDropPath, zoo.BranchesOnData])
+def test_what_is_frozen_makes_no_difference_to_the_plan(kind: type[zoo.Net], trained: tuple[str, ...]) -> None:
+    def frozen() -> nn.Module:
+        model = kind().requires_grad_(False)
+        for path in trained:
+            model.get_submodule(path).requires_grad_(True)
+        return model
+
+    model = converted(frozen)
+    assert model.revify_plan == converted(kind).revify_plan
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert flags == {name: name.startswith(trained) for name in flags} or not trained
+    assert_same_gradients(model, inputs_of(model))
+    fitted = revify.calibrate(model, *inputs_of(model), predictor="diagonal", bits=1)
+    assert_same_gradients(fitted, inputs_of(fitted))
+
+
+# Tensors of other kinds
+
+
+class ComplexBlock(zoo.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.complex(self.up(x.real)[..., :6], self.down(self.up(x.imag)))
+
+
+class ComplexStream(zoo.Net):
+    def __init__(self) -> None:
+        super().__init__(*(ComplexBlock() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        z = torch.complex(x, x)
+        for block in self.blocks:
+            z = block(z)
+        return self.head(z.abs().mean(1))
+
+
+def test_complex_streams_are_refused() -> None:
+    with pytest.raises(revify.RefusalError, match="its stream is of complex numbers, which have no grid"):
+        converted(ComplexStream)
+
+
+class SparseBlock(zoo.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        mixing = torch.eye(5).to_sparse()
+        return x + self.down(self.up(torch.stack([torch.sparse.mm(mixing, sample) for sample in self.norm(x)])))
+
+
+class SparseMatrices(zoo.Net):
+    """Autograd saves sparse tensors, in the blocks and in the stem."""
+
+    def __init__(self) -> None:
+        super().__init__(*(SparseBlock() for _ in range(3)))
+        self.stem = SparseBlock()
+
+
+def test_sparse_tensors_are_saved() -> None:
+    model = converted(SparseMatrices)
+    assert_same_gradients(model, inputs_of(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"unit": "branch"}, {"streams": "split"}, {"sign": "random"}])
+@pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.TwoStages])
+def test_a_converted_model_runs_without_data(kind: type[zoo.Net], options: dict[str, object]) -> None:
+    model = converted(kind, **options)
+    x = inputs_of(model)[0].to("meta")
+    empty = copy.deepcopy(model).to("meta")
+    empty(x).sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in empty.parameters())
