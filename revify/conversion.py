@@ -13,7 +13,8 @@ from typing import Unpack
 from torch import nn
 
 from revify.calibration.batches import Data, batches_of
-from revify.calibration.calibrating import RIDGE, TOLERANCE, Progress, fit_plan
+from revify.calibration.calibrating import RIDGE, TOLERANCE, fit_plan
+from revify.calibration.settling import Progress
 from revify.couplings.formulas import Formula
 from revify.errors import RefusalError, RevifyError
 from revify.methods import Method, Options

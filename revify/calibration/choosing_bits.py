@@ -37,7 +37,7 @@ def fewest_bits(tried: Callable[[float | None], Trial], allowed: float) -> Trial
     trial = best = tried(math.inf)
     too_much, damage = math.inf, math.inf
     for _ in range(TRIALS):
-        if trial.deviation <= allowed:
+        if trial.deviation <= allowed or trial.worst <= 0:  # where no block adds anything, more bits mend nothing
             break
         too_much = min(damage, trial.worst)
         damage = too_much / 2

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from revify.calibration.least_squares import Sums, fit_dense, fit_diagonal, reduce_rank, subtract, take
-from revify.calibration.walking import Walk, by_position, run_block
+from revify.calibration.walking import Importance, Walk, by_position, run_block
 from revify.plans import BlockPlan, StagePlan
 from revify.rewriting.forecasts import hold_forecast
 from revify.runtime.grid import Grid, random_signs, step
 from revify.runtime.predictors import make_predictor
+from revify.words import MAX_BITS
 
 COST = 0.10  # of a block's multiply-adds that "auto" may spend on its predictor
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What one batch meets at a block.
+
+    Args:
+        older: z[k-1].
+        z: z[k].
+        t: T(z[k]), on the grid.
+        aim: x*[k+1], where the original network goes.
+        importance: of the block's output.
+    """
+
+    older: Tensor
+    z: Tensor
+    t: Tensor
+    aim: Tensor
+    importance: Importance
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """One block's forecast, fitted.
+
+    Args:
+        bits: residue bits at which it was fitted.
+        tensors: of the forecast, by name.
+        following: z[k+1] of each batch.
+        damage: what the step adds to the error of the model's output, to first order.
+    """
+
+    bits: int
+    tensors: dict[str, Tensor]
+    following: list[Tensor]
+    damage: float
 
 
 def with_form(stage: StagePlan, predictor: str, rank: int | None, channels: int, cost: float) -> StagePlan:
@@ -39,42 +76,49 @@ def multiply_adds(block: nn.Module, planned: BlockPlan, walk: Walk) -> float:
     return counter.get_total_flops() / 2 / walk.z.numel()
 
 
-def fit_block(
-    stage: StagePlan, path: str, bits: int, walks: list[Walk], grid: Grid, ridge: float
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The tensors of one block's forecast at these bits, and the stream values that follow."""
+def fit_block(stage: StagePlan, bits: int, crossings: list[Crossing], grid: Grid, ridge: float) -> Fit:
+    """Fit one block's forecast at these bits."""
     assert stage.axis is not None  # the caller asked
     axis, gamma = stage.axis, 2.0**-bits
-    channels = walks[0].z.shape[axis]
+    channels = crossings[0].z.shape[axis]
     sums = [Sums.empty(2 * channels, channels) for _ in range(2)]
     images = 0
-    for walk in walks:
-        wanted = walk.older if stage.sign == "random" else walk.older + (walk.t - walk.aim) / gamma
-        goal = wanted - walk.z
+    for at in crossings:
+        wanted = at.older if stage.sign == "random" else at.older + (at.t - at.aim) / gamma
+        goal = wanted - at.z
         for half, part in enumerate(sums):
             rows = slice((half + images) % 2, None, 2)
-            x = torch.cat([by_position(walk.z[rows], axis), by_position(walk.t[rows], axis)], dim=1)
-            part.add(x, by_position(goal[rows], axis), walk.importance[path].of(len(x)))
-        images += len(walk.z)
-    tensors = _forecast(sums, stage, channels, walks[0].z.device, ridge)
+            x = torch.cat([by_position(at.z[rows], axis), by_position(at.t[rows], axis)], dim=1)
+            part.add(x, by_position(goal[rows], axis), at.importance.of(len(x)))
+        images += len(at.z)
+    tensors = _forecast(sums, stage, channels, crossings[0].z.device, ridge)
     holder = nn.Module()
     hold_forecast(holder, tensors)
     forecast = make_predictor(stage.predictor, holder, axis, grid)
     following: list[Tensor] = []
-    for walk in walks:
-        gap, late = walk.older - forecast.before(walk.z), forecast.after(walk.t)
-        sign = random_signs(walk.z) if stage.sign == "random" else None
-        following.append(step(walk.t, gap if late is None else gap - late, bits, grid, sign)[0])
-    return tensors, following
+    for at in crossings:
+        gap, late = at.older - forecast.before(at.z), forecast.after(at.t)
+        sign = random_signs(at.z) if stage.sign == "random" else None
+        following.append(step(at.t, gap if late is None else gap - late, bits, grid, sign)[0])
+    return Fit(bits, tensors, following, _damage(crossings, following))
 
 
-def added_damage(walks: list[Walk], following: list[Tensor], path: str) -> float:
-    """The deviation of the output that a step adds to what the steps before it did, to first order."""
+def fit_within(stage: StagePlan, limit: float, crossings: list[Crossing], grid: Grid, ridge: float) -> Fit:
+    """Fit one block's forecast at the fewest bits at which the block does no more damage than the limit."""
+    for bits in range(MAX_BITS + 1):
+        fit = fit_block(stage, bits, crossings, grid, ridge)
+        if fit.damage <= limit:
+            break
+    return fit
+
+
+def _damage(crossings: list[Crossing], following: list[Tensor]) -> float:
+    """What a step adds to the error of the output that the steps before it made, to first order."""
     left = came = energy = 0.0
-    for walk, z in zip(walks, following, strict=True):
-        left += float((z - walk.aim).double().square().sum())
-        came += float((walk.t - walk.aim).double().square().sum())
-        energy += walk.importance[path].energy / len(walks)
+    for at, z in zip(crossings, following, strict=True):
+        left += float((z - at.aim).double().square().sum())
+        came += float((at.t - at.aim).double().square().sum())
+        energy += at.importance.energy / len(crossings)
     return energy**0.5 * (left**0.5 - came**0.5)
 
 

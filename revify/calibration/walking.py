@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from revify.calibration.batches import Batch, Signature, main_output
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
-from revify.rewriting.applying import apply_plan
 
 LOOK = 8  # samples on which it is found what the output depends on
 FLOOR = 0.1  # what a position counts at least, where the average counts 1
@@ -45,7 +44,7 @@ class Survey:
     importance: list[dict[str, Importance]]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Walk:
     """Where one batch of calibration images stands in a stage.
 
@@ -55,8 +54,6 @@ class Walk:
         original: x*[k].
         sides: for each block by path, the arguments besides the stream.
         importance: of each block's output, by path.
-        t: T(z[k]), while block k is being fitted.
-        aim: x*[k+1], while block k is being fitted.
     """
 
     older: Tensor
@@ -64,8 +61,6 @@ class Walk:
     original: Tensor
     sides: dict[str, Side]
     importance: dict[str, Importance]
-    t: Tensor = field(default_factory=lambda: torch.empty(0))
-    aim: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +158,10 @@ def find_importance(converted: nn.Module, plan: Plan, batch: Batch) -> dict[str,
 
 
 def start_walks(
-    plain: nn.Module, upstream: Plan, fitted: Forecasts, stage: StagePlan, batches: list[Batch], survey: Survey
+    converted: nn.Module | None, plan: Plan, stage: StagePlan, batches: list[Batch], survey: Survey
 ) -> list[Walk]:
-    """Every batch at the entrance of a stage, in the converted model so far and in the original."""
-    converted = drawing_signs(apply_plan(plain, upstream, forecasts=fitted)) if upstream.stages else None
-    grid, first = upstream.grid_of(stage), stage.blocks[0]
+    """Every batch at the entrance of a stage, in the model converted up to there (None: not at all) and in the original."""
+    grid, first = plan.grid_of(stage), stage.blocks[0]
     walks = []
     seen = zip(batches, survey.arrived, survey.sides, survey.importance, strict=True)
     for batch, arrived, sides, importance in seen:

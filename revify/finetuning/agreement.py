@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revify.calibration.batches import main_output
-from revify.calibration.calibrating import deviation
+from revify.calibration.settling import deviation
 from revify.errors import RevifyError
 from revify.finetuning.data import ImageData, Images
 from revify.finetuning.modes import evaluating

@@ -27,6 +27,13 @@ def hold_forecast(block: nn.Module, tensors: dict[str, Tensor], *, trainable: bo
     block.register_load_state_dict_pre_hook(_keep_missing)  # type: ignore[no-untyped-call]
 
 
+def set_forecast(block: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give the forecast that a block holds other values."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            getattr(block, PREFIX + name).copy_(tensor)
+
+
 def drop_forecast(block: nn.Module) -> None:
     """Take everything away again that `hold_forecast` gave the block."""
     for name in forecast_names(block):
