@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import revify
-from revify.calibration.calibrating import RIDGE
+from revify.calibration.settling import RIDGE
 from revify.measuring.measuring import checkpoint_blocks
 from revify.measuring.memory import count_memory
 

@@ -12,9 +12,9 @@ from typing import Unpack
 
 from torch import nn
 
-from revify.calibration.batches import Data, batches_of
-from revify.calibration.calibrating import RIDGE, TOLERANCE, fit_plan
-from revify.calibration.settling import Progress
+from revify.calibration.batches import Batch, Data, batches_of
+from revify.calibration.calibrating import fit_plan
+from revify.calibration.settling import RIDGE, TOLERANCE, Fitting, Progress
 from revify.couplings.formulas import Formula
 from revify.errors import RefusalError, RevifyError
 from revify.methods import Method, Options
@@ -114,23 +114,13 @@ def convert(
     """
     check_model(model)
     asked = Method.of(method, **options).settled(with_images=calibration is not None)
-    if calibration is None and (rank, tolerance, ridge, trainable, progress) != (None, TOLERANCE, RIDGE, False, None):
-        raise RevifyError(
-            "rank, tolerance, ridge, trainable and progress are for predictors that are fitted: give calibration=, too."
-        )
-    batches = [] if calibration is None else batches_of(model, calibration)
-    if plan is None:
-        shown = batches[0].example if example is None and batches else example
-        plan = make_plan(model, example_inputs(model, shown), asked)
-    elif couplings := tuple(couplings):
-        plan = replace(plan, couplings=couplings)
+    fitting = Fitting(rank, tolerance, ridge, progress)
+    batches = _batches(model, calibration, needless=trainable or fitting != Fitting())
+    shown = batches[0].example if example is None and batches else example
+    plan = _with_couplings(plan, couplings) if plan else make_plan(model, example_inputs(model, shown), asked)
     if not plan.stages:
         raise _nothing_to_convert(model, plan)
-    if not batches:
-        return apply_plan(model, plan)
-    plan, forecasts = fit_plan(
-        model, plan, batches, asked, rank=rank, tolerance=tolerance, ridge=ridge, progress=progress
-    )
+    plan, forecasts = fit_plan(model, plan, batches, asked, fitting) if batches else (plan, {})
     return apply_plan(model, plan, forecasts=forecasts, trainable=trainable)
 
 
@@ -168,6 +158,22 @@ def revert(model: nn.Module) -> nn.Module:
             "width, so there is no plain model with its weights. The model that was given to convert is as it was."
         )
     return remove_plan(model)
+
+
+def _batches(model: nn.Module, calibration: Data | None, *, needless: bool) -> list[Batch]:
+    if calibration is not None:
+        return batches_of(model, calibration)
+    if needless:
+        raise RevifyError(
+            "rank, tolerance, ridge, trainable and progress are for predictors that are fitted: give calibration=, too."
+        )
+    return []
+
+
+def _with_couplings(plan: Plan, couplings: Iterable[Formula]) -> Plan:
+    """A plan that was read from JSON with the formulas that it names."""
+    couplings = tuple(couplings)
+    return replace(plan, couplings=couplings) if couplings else plan
 
 
 def _nothing_to_convert(model: nn.Module, plan: Plan) -> RefusalError:

@@ -13,7 +13,6 @@ Along the depth only three stream values an image are kept.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from revify.calibration.batches import Data, batches_of
-from revify.calibration.settling import Progress, Request, Scene, Settled, settle_stage
+from revify.calibration.settling import RIDGE, TOLERANCE, Fitting, Progress, Scene, Settled, settle_stage
 from revify.calibration.walking import (
     Forecasts,
     drawing_signs,
@@ -33,11 +32,6 @@ from revify.methods import Method
 from revify.plans import Plan, StagePlan
 from revify.rewriting.applying import apply_plan, remove_plan, share
 from revify.words import CALIBRATED, PredictorName
-
-RIDGE = 0.3  # of the channels' variance; fine-tuning moves a stream by less, but where it varies little
-TOLERANCE = (
-    0.1  # relative change of the model's output that bits="auto" allows; .2 leaves a ResNet-56 .995 of its accuracy
-)
 
 
 def calibrate(
@@ -90,9 +84,7 @@ def calibrate(
         raise RefusalError(f"{type(model).__name__} is not a converted model: convert it, then calibrate it.")
     method = Method(predictor=predictor, bits=bits)
     plain = remove_plan(model)
-    plan, forecasts = fit_plan(
-        plain, plan, data, method, rank=rank, tolerance=tolerance, ridge=ridge, progress=progress
-    )
+    plan, forecasts = fit_plan(plain, plan, data, method, Fitting(rank, tolerance, ridge, progress))
     calibrated = apply_plan(plain, plan, forecasts=forecasts, trainable=trainable)
     for part, source in zip(calibrated.modules(), model.modules(), strict=True):
         part.training = source.training
@@ -104,23 +96,16 @@ def fit_plan(
     plan: Plan,
     data: Data,
     method: Method,
-    *,
-    rank: int | None = None,
-    tolerance: float = TOLERANCE,
-    ridge: float = RIDGE,
-    progress: Progress | None = None,
+    fitting: Fitting,
 ) -> tuple[Plan, Forecasts]:
     """Fit the predictors of a plan, and its bits where that is asked, to a plain model and images.
 
     Args:
         model: the plain model; it stays as it is.
         plan: of this model, with full streams and whole blocks.
-        data: as for `calibrate`, like all that follow.
+        data: as for `calibrate`.
         method: gives the predictor and the bits.
-        rank: as for `calibrate`.
-        tolerance: as for `calibrate`.
-        ridge: as for `calibrate`.
-        progress: as for `calibrate`.
+        fitting: how they are fitted.
 
     Returns:
         The plan with the predictors, bits and deviation of each stage; what was fitted, by block path.
@@ -136,17 +121,18 @@ def fit_plan(
             f'{name}: the plan is one with unit="branch", and predictors are fitted to whole blocks: convert '
             'the plain model with unit="block", then calibrate it.'
         )
-    _check_options(method.predictor or "auto", tolerance, ridge)
+    if method.predictor not in (None, "auto", *CALIBRATED):
+        choices = ", ".join(CALIBRATED)
+        raise RevifyError(f"predictor={method.predictor!r} cannot be calibrated: choose auto, {choices}.")
     plain = share(model)
     batches = batches_of(plain, data)
     plan = replace(plan, stages=tuple(_fitted_sign(stage) for stage in plan.stages))
-    request = Request(method.predictor or "auto", method.bits, rank, tolerance, ridge, progress or _silent)
     plain.eval()
     settled: Settled | None = None
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # of the random signs, if there are any
         importance = importance_of_batches(drawing_signs(apply_plan(plain, plan)), plan, batches)
-        scene = Scene(plain, batches, survey_original(plain, plan, batches, importance), request)
+        scene = Scene(plain, batches, survey_original(plain, plan, batches, importance), method, fitting)
         for number in range(len(plan.stages)):
             settled = settle_stage(scene, plan, number, settled)
             plan = settled.plan
@@ -156,16 +142,3 @@ def fit_plan(
 def _fitted_sign(stage: StagePlan) -> StagePlan:
     """What is fitted repairs the change of the function itself, so that no signs need to balance it."""
     return replace(stage, sign="positive") if stage.sign == "balanced" else stage
-
-
-def _silent(_: str) -> None:
-    return None
-
-
-def _check_options(predictor: str, tolerance: float, ridge: float) -> None:
-    if predictor not in ("auto", *CALIBRATED):
-        raise RevifyError(f"predictor={predictor!r} cannot be calibrated: choose auto, {', '.join(CALIBRATED)}.")
-    if not tolerance > 0:
-        raise RevifyError(f"tolerance={tolerance!r}: give a relative error above 0, for example {TOLERANCE}.")
-    if not 0 <= ridge < math.inf:
-        raise RevifyError(f"ridge={ridge!r}: give a number from 0 upward, for example {RIDGE}.")

@@ -7,6 +7,7 @@ One copy of the model serves all trials of a stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,8 @@ from revify.calibration.batches import Batch, main_output
 from revify.calibration.choosing_bits import Trial, fewest_bits
 from revify.calibration.forecasting import Crossing, Fit, fit_block, fit_within, multiply_adds, with_form
 from revify.calibration.walking import Forecasts, Survey, Walk, drawing_signs, run_block, start_walks
-from revify.errors import RefusalError
+from revify.errors import RefusalError, RevifyError
+from revify.methods import Method
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.rewriting.applying import apply_plan, change_bits
 from revify.rewriting.forecasts import set_forecast
@@ -25,19 +27,44 @@ from revify.runtime.grid import Grid
 
 MEASURED_BATCHES = 2  # on which the deviation of the model's output is measured
 
+RIDGE = 0.3  # of the channels' variance; fine-tuning moves a stream by less, but where it varies little
+TOLERANCE = (
+    0.1  # relative change of the model's output that bits="auto" allows; .2 leaves a ResNet-56 .995 of its accuracy
+)
+
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked of `calibrate`."""
+class Fitting:
+    """How predictors are to be fitted.
 
-    predictor: str
-    bits: int | str | None
-    rank: int | None
-    tolerance: float
-    ridge: float
-    progress: Progress
+    Args:
+        rank: of "lowrank"; None for the largest whose cost is a tenth of the block's.
+        tolerance: for bits="auto", the relative error of the model's output on the data, > 0.
+        ridge: the least with which the part of the fit that mixes channels is pulled to nothing, ≥ 0, relative to the
+            channels' variance.
+        progress: called with a line of text now and then.
+
+    Raises:
+        RevifyError: a value out of its range.
+    """
+
+    rank: int | None = None
+    tolerance: float = TOLERANCE
+    ridge: float = RIDGE
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise RevifyError(f"tolerance={self.tolerance!r}: give a relative error above 0, for example {TOLERANCE}.")
+        if not 0 <= self.ridge < math.inf:
+            raise RevifyError(f"ridge={self.ridge!r}: give a number from 0 upward, for example {RIDGE}.")
+
+    def tell(self, text: str) -> None:
+        """Say what goes on."""
+        if self.progress is not None:
+            self.progress(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +75,15 @@ class Scene:
         plain: the original network, in eval mode.
         batches: the images.
         survey: what the original does with them.
-        request: what was asked.
+        method: gives the predictor and the bits.
+        fitting: how they are fitted.
     """
 
     plain: nn.Module
     batches: list[Batch]
     survey: Survey
-    request: Request
+    method: Method
+    fitting: Fitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +110,9 @@ def settle_stage(scene: Scene, plan: Plan, number: int, before: Settled | None) 
         number: of the stage, from 0.
         before: what came of the stage before it.
     """
-    request = scene.request
     stage = plan.stages[number]
-    if isinstance(request.bits, int):
-        stage = stage.with_bits(request.bits)
+    if isinstance(scene.method.bits, int):
+        stage = stage.with_bits(scene.method.bits)
     fitted = before.forecasts if before else {}
     start = start_walks(before.converted if before else None, plan, stage, scene.batches, scene.survey)
     models: list[nn.Module] = []
@@ -105,16 +133,18 @@ def settle_stage(scene: Scene, plan: Plan, number: int, before: Settled | None) 
         converted, seen = done(trial), scene.batches[:MEASURED_BATCHES]
         found = deviation((batch(converted) for batch in seen), scene.survey.outputs[: len(seen)])
         fit = replace(trial.stage, deviation=found)
-        request.progress(f"stage {number}: {fit.predictor}, {fit.bits_text} bits, deviation of the output {found:.4f}")
+        scene.fitting.tell(
+            f"stage {number}: {fit.predictor}, {fit.bits_text} bits, deviation of the output {found:.4f}"
+        )
         return replace(trial, stage=fit)
 
-    if request.bits != "auto":
+    if scene.method.bits != "auto":
         settled = tried(None)
     else:
-        allowed = request.tolerance * (number + 1) / len(plan.stages)
+        allowed = scene.fitting.tolerance * (number + 1) / len(plan.stages)
         settled = fewest_bits(tried, allowed)
         if settled.deviation > allowed:
-            request.progress(f"stage {number}: {settled.deviation:.4f} is kept, though {allowed:.4f} was asked for")
+            scene.fitting.tell(f"stage {number}: {settled.deviation:.4f} is kept, though {allowed:.4f} was asked for")
     stages = (*plan.stages[:number], settled.stage, *plan.stages[number + 1 :])
     return Settled(replace(plan, stages=stages), {**fitted, **settled.forecasts}, done(settled))
 
@@ -125,7 +155,6 @@ def fit_stage(scene: Scene, stage: StagePlan, grid: Grid, walks: list[Walk], lim
     With a limit, each block gets the fewest bits at which it adds no more than that to the relative deviation of the
     output, to first order: those that forecast badly, or matter much, get more (reverse water-filling).
     """
-    request = scene.request
     if stage.axis is None:
         raise RefusalError(
             f"stage {stage.blocks[0].path} …: its channel axis could not be found, so no predictor can be fitted per channel. "
@@ -136,15 +165,15 @@ def fit_stage(scene: Scene, stage: StagePlan, grid: Grid, walks: list[Walk], lim
     crossings = cross(first, stage.blocks[0], walks, grid)
     walks = follow(walks, crossings, [crossing.t for crossing in crossings])
     cost = multiply_adds(second, stage.blocks[1], walks[0])
-    stage = with_form(stage, request.predictor, request.rank, walks[0].z.shape[stage.axis], cost)
+    stage = with_form(stage, scene.method.predictor or "auto", scene.fitting.rank, walks[0].z.shape[stage.axis], cost)
     fits: dict[str, Fit] = {}
     for planned in stage.blocks[1:]:
         crossings = cross(scene.plain.get_submodule(planned.path), planned, walks, grid)
         if limit is None:
             own = stage.bits if planned.bits is None else planned.bits
-            fit = fit_block(stage, own, crossings, grid, request.ridge)
+            fit = fit_block(stage, own, crossings, grid, scene.fitting.ridge)
         else:
-            fit = fit_within(stage, limit * size, crossings, grid, request.ridge)
+            fit = fit_within(stage, limit * size, crossings, grid, scene.fitting.ridge)
         fits[planned.path] = fit
         walks = follow(walks, crossings, fit.following)
     if limit is not None:

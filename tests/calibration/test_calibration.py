@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import revify
 from revify.calibration.calibrating import fit_plan
-from revify.calibration.settling import deviation
+from revify.calibration.settling import Fitting, deviation
 from revify.rewriting.applying import apply_plan
 from revify.words import CALIBRATED
 
@@ -267,7 +267,7 @@ def test_the_module_tree_is_copied_once_for_each_stage_and_not_for_each_trial(mo
     for place in ("revify.calibration.calibrating", "revify.calibration.settling"):
         monkeypatch.setattr(f"{place}.apply_plan", lambda *a, **k: (copies.append(1), apply_plan(*a, **k))[1])
     method = revify.Method(predictor="diagonal", bits="auto")
-    fit_plan(model, plan, images, method, tolerance=1e-4, progress=said.append)
+    fit_plan(model, plan, images, method, Fitting(tolerance=1e-4, progress=said.append))
     assert len(said) > len(plan.stages) > 1  # several trials
     assert len(copies) == len(plan.stages) + 1  # and one to see what the output depends on
 
@@ -275,13 +275,13 @@ def test_the_module_tree_is_copied_once_for_each_stage_and_not_for_each_trial(mo
 def test_a_tolerance_that_is_not_reached_is_told(model: nn.Module, images: Tensor) -> None:
     said: list[str] = []
     method = revify.Method(predictor="diagonal", bits="auto")
-    fit_plan(model, revify.plan(model, images, grid=4), images, method, tolerance=1e-9, progress=said.append)
+    fit_plan(model, revify.plan(model, images, grid=4), images, method, Fitting(tolerance=1e-9, progress=said.append))
     assert "is kept, though" in said[-1]
 
 
 def test_fitting_a_plan_leaves_the_model_alone(model: nn.Module, images: Tensor) -> None:
     modes = [part.training for part in model.train().modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    fit_plan(model, revify.plan(model, images), images, revify.Method(predictor="linear", bits=1))
+    fit_plan(model, revify.plan(model, images), images, revify.Method(predictor="linear", bits=1), Fitting())
     assert [part.training for part in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
