@@ -18,7 +18,9 @@ from revify.words import CALIBRATED, FIXED, SIGNS, PredictorName, SignName
 @pytest.mark.parametrize(
     ("said", "bits", "sign"),
     [
-        ({}, 4, "balanced"),
+        ({}, 8, "balanced"),  # a coded step
+        ({"step": "recurrence"}, 4, "balanced"),
+        ({"grid": 12}, 4, "balanced"),
         ({"bits": 0}, 0, "positive"),
         ({"bits": 2}, 2, "balanced"),
         ({"predictor": "midpoint"}, 4, "positive"),

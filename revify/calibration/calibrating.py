@@ -28,7 +28,7 @@ from revify.calibration.walking import (
     survey_original,
 )
 from revify.errors import RefusalError, RevifyError
-from revify.methods import Method
+from revify.methods import DEFAULT_BITS, Method
 from revify.plans import Plan, StagePlan
 from revify.rewriting.applying import apply_plan, remove_plan, share
 from revify.words import CALIBRATED, PredictorName
@@ -57,7 +57,7 @@ def calibrate(
         >>> model = revify.calibrate(model, torch.randn(4, 3, 160, 160), predictor="diagonal")
 
     Args:
-        model: a converted model.
+        model: a converted model; coded steps become a recurrence, which alone has predictors.
         data: one batch of input [n, …] or a dictionary of keyword inputs, or an iterable of batches, such as a DataLoader;
             of a tuple the first element is taken. Batches may differ in size and shape. Of an output of several parts
             the first tensor of floats counts.
@@ -126,7 +126,7 @@ def fit_plan(
         raise RevifyError(f"predictor={method.predictor!r} cannot be calibrated: choose auto, {choices}.")
     plain = share(model)
     batches = batches_of(plain, data)
-    plan = replace(plan, stages=tuple(_fitted_sign(stage) for stage in plan.stages))
+    plan = replace(plan, stages=tuple(_to_be_fitted(stage) for stage in plan.stages))
     plain.eval()
     settled: Settled | None = None
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -139,6 +139,9 @@ def fit_plan(
     return plan, settled.forecasts if settled else {}
 
 
-def _fitted_sign(stage: StagePlan) -> StagePlan:
-    """What is fitted repairs the change of the function itself, so that no signs need to balance it."""
+def _to_be_fitted(stage: StagePlan) -> StagePlan:
+    """A stage as one that is fitted starts: a recurrence, since coded steps have no predictor, and with no signs that
+    balance it, since what is fitted repairs the change of the function itself."""
+    if stage.step == "coded":
+        stage = replace(stage.with_bits(DEFAULT_BITS["recurrence"]), step="recurrence", predictor="identity")
     return replace(stage, sign="positive") if stage.sign == "balanced" else stage

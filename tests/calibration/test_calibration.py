@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import revify
 from revify.calibration.calibrating import fit_plan
 from revify.calibration.settling import Fitting, deviation
+from revify.plans import Plan
 from revify.rewriting.applying import apply_plan
 from revify.words import CALIBRATED
 
@@ -66,7 +67,7 @@ def test_every_predictor_stays_nearer_to_the_original_than_rewiring(
     model: nn.Module, images: Tensor, bits: int
 ) -> None:
     fresh = torch.randn(16, 3, 8, 8)
-    rewired = revify.convert(model, images, bits=bits)
+    rewired = revify.convert(model, images, bits=bits, step="recurrence", sign="positive")
     before = change(model, rewired, fresh)
     for predictor in CALIBRATED:
         calibrated = revify.calibrate(rewired, images, predictor=predictor, rank=2 if predictor == "lowrank" else None)
@@ -285,3 +286,14 @@ def test_fitting_a_plan_leaves_the_model_alone(model: nn.Module, images: Tensor)
     fit_plan(model, revify.plan(model, images), images, revify.Method(predictor="linear", bits=1), Fitting())
     assert [part.training for part in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_coded_steps_become_a_recurrence_that_is_fitted(model: nn.Module, images: Tensor) -> None:
+    coded = revify.convert(model, images)
+    assert coded.revify_plan.stages[0].step == "coded"
+    fitted = revify.calibrate(coded, images, predictor="diagonal")
+    (stage,) = fitted.revify_plan.stages
+    assert (stage.step, stage.predictor, stage.bits) == ("recurrence", "diagonal", 4)
+    assert change(model, fitted, images) == pytest.approx(stage.deviation, rel=1e-3)  # the plan's figure is the model's
+    assert Plan.from_json(fitted.revify_plan.to_json()) == fitted.revify_plan
+    assert_same_gradients(fitted.train(), (images,))
