@@ -15,8 +15,8 @@ from revify.planning.choosing import choose_stages
 from revify.planning.grids import choose_grids, with_grid
 from revify.planning.halving import split_stages
 from revify.planning.refusals import find_refusals
+from revify.planning.repeating import add_checkpoints
 from revify.planning.stages import Stage, channel_axis, find_runs
-from revify.planning.transitions import find_checkpoints
 from revify.plans import BlockPlan, Plan, Refusal, StagePlan
 from revify.reading.draws import drawing, observe_passes
 from revify.reading.observing import Observation
@@ -73,8 +73,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     elif method.unit == "branch":
         plan = cut_blocks(plan, model, example, observation)
     if plan.stages and method.transitions == "checkpoint":
-        always = (c for c in find_checkpoints(observation, plan) if passes.skipped.isdisjoint(c.paths))
-        plan = replace(plan, checkpointed=tuple(always))
+        plan = add_checkpoints(plan, model, example, observation, passes.skipped)
     return plan
 
 

@@ -7,7 +7,7 @@ returned (a stem of convolution, norm, activation and pooling), a common checkpo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ WORTH_A_RERUN = 0.005  # of the model's saved bytes, that running modules again 
 LARGEST = 3  # of the modules that are tried to be parted
 
 
-def find_checkpoints(observation: Observation, plan: Plan) -> tuple[CheckpointPlan, ...]:
+def find_checkpoints(observation: Observation, plan: Plan, parted: Iterable[str] = ()) -> tuple[CheckpointPlan, ...]:
     """What is to be checkpointed outside of the stages, in the order of the calls.
 
     At first the largest modules without a stage in them are checkpointed, where that pays. Those that hold most when they
@@ -31,10 +31,11 @@ def find_checkpoints(observation: Observation, plan: Plan) -> tuple[CheckpointPl
     Args:
         observation: of the model.
         plan: its stages, without checkpoints.
+        parted: the paths of modules that are not to be checkpointed as a whole.
     """
-    parted: set[str] = set()
-    pieces = list(_pieces(observation, plan, parted))
-    while opened := _part(pieces, observation, plan, parted):
+    opened_up = set(parted)
+    pieces = list(_pieces(observation, plan, opened_up))
+    while opened := _part(pieces, observation, plan, opened_up):
         pieces = opened
     while joined := _join(pieces, plan):
         pieces = joined
