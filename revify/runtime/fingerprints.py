@@ -13,14 +13,18 @@ Nothing here reads a number from a device: what is compared stays there until th
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 COLUMNS = 256
-ROWS = 512  # at a time, so that the upper halves take little memory
-FEW = 2048  # elements, up to which a saved tensor is taken as a whole
+ROWS = 512  # at a time, so that the upper halves take little memory; what came before is multiplied by FACTOR
+FACTOR = -1640531535
+FEW = 1024  # elements, up to which a saved tensor is taken as a whole
 SAMPLE = 256  # elements of a larger one
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+DTYPES = frozenset((*FLOATS, torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # two for each number of 64 bits
 
 
@@ -34,10 +38,9 @@ def comparable(value: object) -> bool:
     return (
         isinstance(value, Tensor)
         and type(value) in (Tensor, nn.Parameter)
-        and value.layout == torch.strided
+        and value.layout is torch.strided
+        and value.dtype in DTYPES
         and not value.is_meta
-        and (value.element_size() in INTEGERS or value.is_complex())
-        and not value.is_quantized
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
 
@@ -56,7 +59,7 @@ class Fingerprint:
         self._whole_last = whole_last
         self._last: Tensor | None = None
         self._count = 0
-        self._samples: dict[torch.device, list[Tensor]] = {}
+        self._samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
     def add(self, tensor: Tensor) -> None:
         """Autograd has saved this tensor."""
@@ -66,12 +69,14 @@ class Fingerprint:
         if self._whole_last:
             self._last = tensor
         self._count += 1
-        sample = _integers(_sample(tensor, self._count))
-        self._samples.setdefault(tensor.device, []).append(sample.clone())
+        self._samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor, self._count))
 
     def value(self) -> dict[torch.device, Tensor]:
         """The number of what was saved on each device; the samples are gone afterwards."""
-        found = {device: _sum(torch.cat(samples)) for device, samples in self._samples.items()}
+        integers: dict[torch.device, list[Tensor]] = {}
+        for (device, _), samples in self._samples.items():
+            integers.setdefault(device, []).append(_integers(torch.cat(samples)))
+        found = {device: _sum(torch.cat(parts) if len(parts) > 1 else parts[0]) for device, parts in integers.items()}
         if self._last is not None:
             found[self._last.device] += checksum(self._last)
         self._last, self._samples = None, {}
@@ -80,28 +85,29 @@ class Fingerprint:
 
 def _may_be_left_unset(tensor: Tensor) -> bool:
     """Seeds and offsets of attention kernels (set only where they drop), and the work space of recurrent ones."""
-    counts = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-    return tensor.dtype == torch.uint8 or (counts and tensor.numel() <= 2)
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
+        return False
+    return tensor.dtype == torch.uint8 or tensor.numel() <= 2
 
 
 def _sample(tensor: Tensor, number: int) -> Tensor:
-    """The values that are compared: along memory where the tensor lies there without gaps, else on a lattice."""
-    if tensor.numel() <= FEW:
-        return tensor.reshape(-1)
+    """A copy of the values that are compared: along memory where the tensor has no gaps there, else on a lattice."""
+    size = tensor.numel()
+    if size <= FEW:
+        return tensor.flatten().clone()
     if tensor.is_contiguous():
-        step = tensor.numel() // SAMPLE | 1  # odd, so as not to meet the same channel of an even number every time
+        step = size // SAMPLE | 1  # odd, so as not to meet the same channel of an even number every time
         start = number * 7919 % step
-        count = (tensor.numel() - start - 1) // step + 1
-        return torch.as_strided(tensor, (count,), (step,), tensor.storage_offset() + start)
+        return tensor.as_strided(((size - start - 1) // step + 1,), (step,), tensor.storage_offset() + start).clone()
     left = SAMPLE
     steps: list[int] = []
-    for size in tensor.shape:
-        taken = max(1, min(size, left, 8 if steps else 32))
-        steps.append(max(1, size // taken))
+    for length in tensor.shape:
+        taken = max(1, min(length, left, 8 if steps else 32))
+        steps.append(max(1, length // taken))
         left = max(1, left // taken)
-    sizes = [math.ceil(size / step) for size, step in zip(tensor.shape, steps, strict=True)]
+    sizes = [math.ceil(length / step) for length, step in zip(tensor.shape, steps, strict=True)]
     strides = [stride * step for stride, step in zip(tensor.stride(), steps, strict=True)]
-    return torch.as_strided(tensor, sizes, strides, tensor.storage_offset()).reshape(-1)
+    return tensor.as_strided(sizes, strides, tensor.storage_offset()).flatten().clone()
 
 
 def _integers(flat: Tensor) -> Tensor:
@@ -116,21 +122,19 @@ def _integers(flat: Tensor) -> Tensor:
 
 
 def _sum(integers: Tensor) -> Tensor:
-    rows = math.ceil(integers.numel() / COLUMNS)
-    weights = _weights(2 * rows, integers.device, torch.int32).view(2, rows)
+    rows, columns = _weights(integers.device)
     sums = torch.zeros(4, COLUMNS, dtype=torch.int32, device=integers.device)
-    full = integers.numel() // COLUMNS
-    table = integers[: full * COLUMNS].view(full, COLUMNS)
-    many = ROWS if integers.device.type == "cpu" else max(1, full)
-    for first in range(0, full, many):
-        part, own = table[first : first + many], weights[:, first : min(first + many, full)]
-        sums[:2] += _weighted(own, part)
-        sums[2:] += _weighted(own, part >> 16)
-    if full < rows:
-        rest = integers[full * COLUMNS :].unsqueeze(0)
-        sums[:2, : rest.numel()] += weights[:, full:] * rest
-        sums[2:, : rest.numel()] += weights[:, full:] * (rest >> 16)
-    return (sums.view(-1).to(torch.int64) * _weights(4 * COLUMNS, integers.device, torch.int64)).sum()
+    for first in range(0, integers.numel(), ROWS * COLUMNS):
+        part = integers[first : first + ROWS * COLUMNS]
+        if part.numel() % COLUMNS:
+            part = nn.functional.pad(part, (0, -part.numel() % COLUMNS))
+        table = part.view(-1, COLUMNS)
+        own = rows[:, : len(table)]
+        if first:
+            sums *= FACTOR
+        sums[:2] += _weighted(own, table)
+        sums[2:] += _weighted(own, table >> 16)
+    return (sums * columns).sum()
 
 
 def _weighted(weights: Tensor, table: Tensor) -> Tensor:
@@ -140,11 +144,10 @@ def _weighted(weights: Tensor, table: Tensor) -> Tensor:
     return torch.stack([(own.unsqueeze(1) * table).sum(0, dtype=torch.int32) for own in weights])
 
 
-def _weights(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Odd pseudo-random numbers, the same at every call."""
-    w = torch.arange(1, count + 1, dtype=dtype, device=device)
-    factors = (-1640531535, -2048144789) if dtype == torch.int32 else (-7046029254386353131, -4658895280553007687)
-    for factor in factors:
-        w = w.mul_(factor)
-        w = w.bitwise_xor_(w >> (13 if dtype == torch.int32 else 29))
-    return w.mul_(factors[0]) | 1
+@lru_cache(maxsize=16)
+def _weights(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Odd pseudo-random numbers, always the same: of 32 bits for the rows, of 64 for the columns."""
+    generator = torch.Generator().manual_seed(20_241)
+    rows = torch.randint(-(2**31), 2**31, (2, ROWS), generator=generator, dtype=torch.int64).to(torch.int32)
+    high, low = torch.randint(-(2**31), 2**31, (2, 4, COLUMNS), generator=generator, dtype=torch.int64)
+    return (rows | 1).to(device), ((high << 32) ^ low | 1).to(device)

@@ -13,7 +13,7 @@ is known to change is copied; everything is copied once, in a module's first run
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,9 @@ from revify.runtime.fingerprints import comparable
 from revify.runtime.predictors import PREFIX
 from revify.runtime.replay import version, without_graph
 
-CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))
+KEPT = (Tensor, torch.Generator)
+PLAIN = frozenset((bool, int, float, str, type(None), tuple))
 MANY = 256  # entries, beyond which a plain container is left as it is
 SMALL = 4096  # elements, up to which a tensor is copied before every run
 WRITES_ONLY = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # their statistics, while training
@@ -88,17 +90,18 @@ class State:
         self._watched: dict[int, Watched] = {}
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         graphs: dict[int, Any] = {}
-        attributes = [{name: _apart(value) for name, value in vars(part).items()} for part in self._parts]
+        self._attributes: list[dict[str, Any]] = []
         for index, part in enumerate(self._parts):
             written = part.training and type(part).forward in WRITES_ONLY
-            for name, value in attributes[index].items():
-                for key, item in _items(value):
-                    if isinstance(item, Tensor):
-                        own = item if item.is_leaf else graphs.setdefault(id(item), without_graph(item))
-                        self._watch(own, (index, name, key), written=written and name == "_buffers")
-                    elif isinstance(item, torch.Generator):
-                        self._generators.append((item, item.get_state()))
-        self._attributes = [{name: _with(value, graphs) for name, value in own.items()} for own in attributes]
+            attributes, found = _apart(vars(part))
+            self._attributes.append(attributes)
+            for name, key, item in found:
+                if isinstance(item, Tensor):
+                    own = item if item.is_leaf else graphs.setdefault(id(item), without_graph(item))
+                    self._watch(own, (index, name, key), written=written and name == "_buffers")
+                else:
+                    self._generators.append((item, item.get_state()))
+        self._attributes = _exchange(self._attributes, graphs) if graphs else self._attributes
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -150,11 +153,11 @@ class State:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Let the body run the module as it was; on leaving, everything is as it was before."""
-        others = self._scratch()
+        then = _exchange(self._attributes, self._scratch())
         now = [vars(part) for part in self._parts]
         try:
-            for part, attributes in zip(self._parts, self._attributes, strict=True):
-                _give(part, {name: _with(_apart(value), others) for name, value in attributes.items()})
+            for part, attributes in zip(self._parts, then, strict=True):
+                _give(part, attributes)
             yield
         finally:
             for part, attributes in zip(self._parts, now, strict=True):
@@ -183,30 +186,39 @@ class State:
         return others
 
 
-def _apart(value: Any) -> Any:  # Any: attributes are of every type
-    """Plain containers as another container of the same; everything else as it is."""
-    return value.copy() if type(value) in CONTAINERS and len(value) <= MANY else value
+Found = tuple[str, object, Any]  # a tensor or a generator: in which attribute, where in it, itself
 
 
-def _items(value: Any) -> Iterable[tuple[object, Any]]:
-    """The attribute itself, or what is in it."""
-    if type(value) not in CONTAINERS:
-        return ((None, value),)
-    if len(value) > MANY or isinstance(value, set):
-        return ()
-    return value.items() if isinstance(value, dict) else enumerate(value)
+def _apart(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[Found]]:  # Any: attributes are of every type
+    """The attributes of a module, with plain containers of their own, and the tensors and generators among them."""
+    own = dict(attributes)
+    found: list[Found] = []
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind in CONTAINERS:
+            if not value and kind is not defaultdict:
+                own[name] = kind()
+            elif len(value) <= MANY:
+                own[name] = value.copy()
+                if name != "_modules" and kind is not set:
+                    items = value.items() if isinstance(value, dict) else enumerate(value)
+                    found += [(name, key, item) for key, item in items if isinstance(item, KEPT)]
+        elif kind not in PLAIN and isinstance(value, KEPT):
+            found.append((name, None, value))
+    return own, found
 
 
-def _with(value: Any, others: dict[int, Any]) -> Any:
-    """The attribute, with others in the places of some tensors and generators."""
-    if not others:
-        return value
-    if type(value) not in CONTAINERS:
-        return others.get(id(value), value)
-    for key, item in list(_items(value)):
-        if id(item) in others:
-            value[key] = others[id(item)]
-    return value
+def _exchange(attributes: list[dict[str, Any]], others: dict[int, Any]) -> list[dict[str, Any]]:
+    """The attributes once more, with others in the places of some tensors and generators, by their identity."""
+    copies = []
+    for own, found in map(_apart, attributes):
+        for name, key, item in found if others else ():
+            if id(item) in others and item is own[name]:
+                own[name] = others[id(item)]
+            elif id(item) in others:
+                own[name][key] = others[id(item)]
+        copies.append(own)
+    return copies
 
 
 def _give(part: nn.Module, attributes: dict[str, Any]) -> None:
