@@ -132,6 +132,7 @@ def test_only_the_rewriting_edits_modules() -> None:
         "rewriting/replicas.py",
         "planning/branching.py",
         "planning/halving.py",
+        "planning/repeating.py",
         "measuring/measuring.py",
     }
 
