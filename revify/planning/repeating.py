@@ -78,11 +78,12 @@ def _twice(
 ) -> Any:  # Any: the module's own signature
     """Run the module's forward twice; its first outputs, without a graph."""
     side = SideInputs.of(*_with_gradients(args, kwargs))
-    rerun = Rerun(path, forward, module, side)
+    run = partial(_on_copies, forward)
+    rerun = Rerun(path, run, module, side)
     device = next((tensor.device for tensor in side.tensors()), torch.device("cpu"))
     with torch.enable_grad():
         once, more = side.again()
-        outputs = rerun.first(lambda: forward(*once, **more), device, _never)
+        outputs = rerun.first(lambda: run(*once, **more), device, _never)
     before = _checksums(outputs)
     try:
         after = _checksums(rerun.again(catch=True))
@@ -104,6 +105,12 @@ def _with_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
 
 def _with_gradient(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _on_copies(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a forward that may change its inputs in place."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    return forward(*args, **kwargs)
 
 
 def _checksums(outputs: Any) -> list[Tensor]:
