@@ -21,12 +21,14 @@ from revify.errors import RevifyError
 from revify.finetuning.recipe import Recipe
 from revify.methods import Options
 from revify.options import make_parser
+from revify.words import CALIBRATED
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from revify.finetuning.timm_models import Created
+    from revify.plans import Plan
 
 _EXTRAS = frozenset({"accelerate", "sklearn", "matplotlib"})
 
@@ -99,7 +101,10 @@ def _convert(options: argparse.Namespace) -> None:
     print(model.revify_plan)
     if found:
         print(f"\n{found}")
-    readers = "revify.load reads it" if given.get("streams") == "split" else "revify.load reads it, and so does timm"
+    plan: Plan = model.revify_plan  # type: ignore[assignment]  # nn.Module promises a Tensor or a Module
+    readers = "revify.load reads it" + ("" if plan.is_split else ", and so does timm")
+    if any(stage.predictor in CALIBRATED for stage in plan.stages):
+        readers = "timm reads it; revify.load also reads the fitted predictors, which lie in a file beside it"
     print(f"\nwritten: {options.out} ({options.out.stat().st_size / 1e6:.1f} MB); {readers}")
 
 
