@@ -27,6 +27,7 @@ from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import Entry, StageRule, Tape, saves_nothing
 from revify.runtime.torch_internals import is_autocast
+from revify.runtime.views import with_views, without_views
 
 
 class Step(StandIn):
@@ -69,7 +70,8 @@ class Step(StandIn):
         x, side = split_stream(self.stream, self.name, args, kwargs)
         tape, z, older = self._take(x)
         branch_dtype = stream_dtype(x.dtype) if is_autocast(x.device.type) else x.dtype
-        value, others = self._step(tape, z, older, side, branch_dtype)
+        kept = without_views(side, x, z) if older is not None else side
+        value, others = self._step(tape, z, older, side, kept, branch_dtype)
         visible = value.to(branch_dtype)
         if self.index + 1 < len(self.rule.names):
             newest = None if visible is value else value
@@ -109,7 +111,13 @@ class Step(StandIn):
         return tape, x if link.newest is None else Resume.apply(x, link.newest), link.older
 
     def _step(
-        self, tape: Tape, z: Tensor, older: Tensor | None, side: tuple[Any, ...], branch_dtype: torch.dtype
+        self,
+        tape: Tape,
+        z: Tensor,
+        older: Tensor | None,
+        side: tuple[Any, ...],
+        kept: tuple[Any, ...],
+        branch_dtype: torch.dtype,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """z[k+1] from z[k] and z[k-1], recorded on the tape where a backward may come, and the block's other results."""
         args, kwargs = side
@@ -118,7 +126,7 @@ class Step(StandIn):
         recorded = saves_nothing(z)
         numbers = own_numbers(draws=self.module.training)
         if recorded:
-            again = SideInputs.of((None, None, coupled, branch_dtype, *args), kwargs)
+            again = SideInputs.of((None, None, coupled, branch_dtype, *kept[0]), kept[1])
             rerun = Rerun(self.name, self._branch, self.module, again, self._habits, tape.draws)
             entry = Entry(self.index, coupled, self, rerun, z.requires_grad, z.stride(), checksum(z), sign)
             place = tape.append(z, entry)
@@ -167,6 +175,7 @@ class Step(StandIn):
             args = (*args[: self.stream], z.to(branch_dtype), *args[self.stream + 1 :])
         else:
             kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
+        args, kwargs = with_views((args, kwargs), z)
         before = version(z)
         outputs = self._transformed(*args, **kwargs)
         outputs, others = pick_stream(self.name, outputs, self.result, z, before)
