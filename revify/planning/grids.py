@@ -26,11 +26,12 @@ from revify.runtime.grid import Grid, stream_dtype
 from revify.words import DEFAULT_GRID, WIDE_GRID
 
 HEADROOM = 8  # times the largest value seen: training makes values grow
+POINTS = 256  # of the grid, that the largest value in every block is away from zero at least
 STEPS = 4  # of the grid, that the change of the median block is at least; rounding is then 7 % of it
 
 
 def choose_grids(plan: Plan, model: nn.Module, example: Example) -> Plan:
-    """The plan with a grid for each stage, from one run of the model on its example.
+    """The plan with a grid for each stage, from one run of the model on its example, and one in eval mode if it is in that.
 
     Args:
         plan: of the model.
@@ -41,16 +42,16 @@ def choose_grids(plan: Plan, model: nn.Module, example: Example) -> Plan:
         return replace(plan, unmeasured="the model holds no data")
     places = {block.path: Place(block.stream, block.result) for stage in plan.stages for block in stage.blocks}
     try:
-        flows = watch_flows(model, example, places)
+        passes = [watch_flows(model, example, places, training=mode) for mode in sorted({True, model.training})]
     except Exception as error:  # analysed without data, a model may not run with them here: half precision on a CPU
         return replace(plan, unmeasured=f"it does not run here: {(str(error).strip().splitlines() or [''])[0]}")
-    return replace(
-        plan,
-        stages=tuple(
-            with_grid(stage, fitting_grid([flows[b.path] for b in stage.blocks if b.path in flows], stage.dtype))
-            for stage in plan.stages
-        ),
-    )
+
+    def fitting(stage: StagePlan) -> int:
+        found = [[flows[b.path] for b in stage.blocks if b.path in flows] for flows in passes]
+        grids = [fitting_grid(flows, stage.dtype) for flows in found]
+        return WIDE_GRID if WIDE_GRID in grids else min(grids)
+
+    return replace(plan, stages=tuple(with_grid(stage, fitting(stage)) for stage in plan.stages))
 
 
 def with_grid(stage: StagePlan, resolution: int) -> StagePlan:
@@ -73,4 +74,5 @@ def fitting_grid(flows: list[Flow], dtype: str) -> int:
     resolution = DEFAULT_GRID
     while resolution > 0 and HEADROOM * peak > Grid(resolution).limit(stream_dtype(plain)):
         resolution -= 1
-    return resolution if 2.0**-resolution <= step else WIDE_GRID
+    fine = 2.0**-resolution <= step and all(flow.peak * 2**resolution >= POINTS for flow in flows if flow.peak)
+    return resolution if fine else WIDE_GRID

@@ -65,13 +65,15 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
     if plan.stages and method.first_step == "recurrence" and method.grid == "auto":
-        plan = choose_grids(plan, model, example)
+        with drawing(None):
+            plan = choose_grids(plan, model, example)
     elif plan.grid > SHORT_GRID:
         plan = replace(plan, stages=tuple(with_grid(stage, plan.grid) for stage in plan.stages))
     if method.streams == "split":
         plan = split_stages(plan, model, example, method.coupling or additive, observation, graph)
     elif method.unit == "branch":
-        plan = cut_blocks(plan, model, example, observation)
+        with drawing(None):
+            plan = cut_blocks(plan, model, example, observation)
     if plan.stages and method.transitions == "checkpoint":
         plan = add_checkpoints(plan, model, example, observation, passes.skipped)
     return plan

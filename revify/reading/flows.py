@@ -36,8 +36,10 @@ class Place:
     result: int | None
 
 
-def watch_flows(model: nn.Module, example: Example, places: Mapping[str, Place]) -> dict[str, Flow]:
-    """Run a copy of the model in train mode, with its own parameters, and look at its blocks.
+def watch_flows(
+    model: nn.Module, example: Example, places: Mapping[str, Place], *, training: bool = True
+) -> dict[str, Flow]:
+    """Run a copy of the model, with its own parameters, and look at its blocks.
 
     An input without data, or that is the same everywhere (only shapes were meant), is replaced by normal random numbers.
 
@@ -45,17 +47,20 @@ def watch_flows(model: nn.Module, example: Example, places: Mapping[str, Place])
         model: with data; it stays as it is, and so do the random numbers.
         example: its inputs.
         places: the blocks to look at, by path.
+        training: whether in train or in eval mode.
 
     Returns:
         The flow of each block that was called.
     """
     found: dict[str, tuple[Tensor, ...]] = {}
     device = device_of(model)
-    copied = copy_with_data(model)
+    copied = copy_with_data(model).train(training)
     for path, place in places.items():
         copied.get_submodule(path).register_forward_hook(partial(_look, found, path, place), with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
         call_with(copied, with_data(example, device))
     return {path: Flow(*(float(number) for number in numbers)) for path, numbers in found.items()}
 

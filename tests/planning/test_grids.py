@@ -186,6 +186,34 @@ def test_both_sides(flow: Flow, grid: int) -> None:
     assert fitting_grid([flow, flow], "float32") == grid
 
 
+class Unsettled(zoo.Net):
+    """Norms whose running statistics are still those of the beginning: in eval mode little is left of the stream."""
+
+    SHAPE, POOLED = (4, 6, 4, 4), (2, 3)
+
+    def __init__(self) -> None:
+        super().__init__(*(zoo.Convolutions() for _ in range(3)))
+        nn.init.constant_(self.stem.weight, 1e-5)
+        nn.init.zeros_(self.stem.bias)
+        self.settle = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.settle(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_model_in_eval_mode_is_looked_at_in_both_modes() -> None:
+    torch.manual_seed(0)
+    model = Unsettled()
+    x = model.example()
+    assert revify.plan(model, x).stages[0].grid == 12
+    evaluated = revify.convert(model.eval(), x)
+    assert grid_of(evaluated) == WIDE_GRID
+    evaluated(*x).sum().backward()
+
+
 def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     model = converted(SmallUpdates)
     x = inputs_of(model)[0]
