@@ -108,6 +108,8 @@ class BlockPlan:
         result: which of several results is the stream, None where the block returns one tensor.
         split_branches: its residual branches, if the stage runs on two streams of half the channels; else empty.
         bits: residue bits per element of each of its steps, None where they are those of the stage.
+        kept_bytes: what it keeps until the backward by itself: attributes, and custom Functions that save nothing the usual
+            way.
     """
 
     path: str
@@ -120,6 +122,7 @@ class BlockPlan:
     result: Annotated[int, Range(0, 255)] | None = None
     split_branches: tuple[BranchPlan, ...] = ()
     bits: Bits | None = None
+    kept_bytes: Bytes = 0
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
@@ -187,14 +190,16 @@ class StagePlan:
 
     @property
     def held_bytes(self) -> int:
-        """What the stage holds for backward: the stream values that it needs, and the bits of each step."""
+        """What the stage holds for backward: stream values, the bits of each step, and what its blocks keep by themselves."""
+        kept = sum(block.kept_bytes for block in self.blocks)
         if self.coupling:
-            return self.stream_bytes
+            return self.stream_bytes + kept
         if self.step == "coded":
-            code = code_bytes(self.shape, self.bits)
-            return math.prod(self.shape) * getattr(torch, self.dtype).itemsize + code * (len(self.steps) - 1)
+            code = code_bytes(self.shape, self.bits) * (len(self.steps) - 1)
+            return math.prod(self.shape) * getattr(torch, self.dtype).itemsize + code + kept
         elements = self.stream_bytes // self.element_bytes
-        return (3 if self.copied else 2) * self.stream_bytes + sum(elements * bits // 8 for bits in self.step_bits[1:])
+        values = (3 if self.copied else 2) * self.stream_bytes
+        return values + kept + sum(elements * bits // 8 for bits in self.step_bits[1:])
 
     def with_bits(self, bits: int) -> StagePlan:
         """The same with these bits in every step."""

@@ -69,6 +69,13 @@ def _notes(plan: Plan) -> Iterator[str]:
         numbers = ", ".join(str(n) for n, s in enumerate(plan.stages) if s in on_grid and plan.grid_of(s) == grid)
         held = ", held in float64: its blocks change it by less than float32 shows on a grid" if grid.is_wide else ""
         yield f"grid of stage {numbers}: 2^-{grid.resolution}{held}"
+    for number, stage in enumerate(plan.stages):
+        if kept := sum(block.kept_bytes for block in stage.blocks):
+            first = next(block.path for block in stage.blocks if block.kept_bytes)
+            yield (
+                f"stage {number} keeps {kept / 2**20:.1f} MiB more, which grows with its depth: {printable(first)} and others "
+                "hold values as attributes, or in custom Functions that do not save them with save_for_backward"
+            )
     if plan.unmeasured:
         yield f"this grid is the default, nothing was measured: {plan.unmeasured}"
     if plan.traced != "whole":

@@ -19,6 +19,7 @@ from revify.planning.repeating import add_checkpoints
 from revify.planning.stages import Stage, channel_axis, find_runs
 from revify.plans import BlockPlan, Plan, Refusal, StagePlan
 from revify.reading.draws import drawing, observe_passes
+from revify.reading.holding import watch_holdings
 from revify.reading.observing import Observation
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
@@ -64,6 +65,8 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
+    if plan.stages:
+        plan = _with_holdings(plan, model, example)
     if plan.stages and method.first_step == "recurrence" and method.grid == "auto":
         with drawing(None):
             plan = choose_grids(plan, model, example)
@@ -77,6 +80,17 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     if plan.stages and method.transitions == "checkpoint":
         plan = add_checkpoints(plan, model, example, observation, passes.skipped)
     return plan
+
+
+def _with_holdings(plan: Plan, model: nn.Module, example: Example) -> Plan:
+    """The plan with what its blocks keep by themselves."""
+    with drawing(None):
+        kept = watch_holdings(model, example, [block.path for stage in plan.stages for block in stage.blocks])
+
+    def noted(stage: StagePlan) -> StagePlan:
+        return replace(stage, blocks=tuple(replace(b, kept_bytes=kept.get(b.path, 0)) for b in stage.blocks))
+
+    return replace(plan, stages=tuple(map(noted, plan.stages))) if kept else plan
 
 
 def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[Refusal, ...]:
