@@ -28,7 +28,7 @@ Flags = dict[str, Any]  # Any: numbers, texts, None, and tuples of them
 
 
 class Witness:
-    """Context: looks at the methods of a block and its children that run in the body, and at what they call but torch.
+    """Context: looks at the methods of a block and its children that run in the body, and at what they call but torch and revify.
 
     Args:
         block: the module whose forward runs.
@@ -73,7 +73,7 @@ class Witness:
 
     def _look(self, frame: FrameType, event: str, argument: object) -> None:
         home = str(frame.f_globals.get("__name__", "")).split(".")[0]
-        if event != "call" or home == "torch" or home in sys.stdlib_module_names:
+        if event != "call" or home in ("torch", "revify") or home in sys.stdlib_module_names:
             return
         code = frame.f_code
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
