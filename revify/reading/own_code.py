@@ -28,7 +28,7 @@ Flags = dict[str, Any]  # Any: numbers, texts, None, and tuples of them
 
 
 class Witness:
-    """Context: looks at the methods of a block and its children that run in the body, and at what they call but torch and revify.
+    """Context: looks at the methods of a block and its children that run in the body, and at what else they call.
 
     Args:
         block: the module whose forward runs.
