@@ -66,7 +66,7 @@ def main() -> int:
     with torch.no_grad():
         for name, (model, images) in networks.items():
             wanted = model(images)
-            plan = revify.plan(model, images[:2], bits=args.bits, transitions="keep")
+            plan = revify.plan(model, images[:2], bits=args.bits, transitions="keep", step="recurrence")
             for part in ("first", "last"):
                 for short in shortened(plan, part):
                     changes = [changed(model, short, pattern, images, wanted) for pattern in PATTERNS]

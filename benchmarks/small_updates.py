@@ -108,7 +108,7 @@ def main() -> int:
                 share: float | str = "–"
                 if grid != "plain":
                     plain = model
-                    model = revify.convert(plain, images[:8], grid=grid)
+                    model = revify.convert(plain, images[:8], grid=grid, step="recurrence")
                     share = lost(plain, model, images[:8])
                 losses[grid] = train(model, images, labels, seed, args.epochs)
                 shown = (

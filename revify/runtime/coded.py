@@ -37,6 +37,7 @@ from revify.runtime.reruns import Rerun
 from revify.runtime.standing_in import StandIn
 from revify.runtime.states import Habits
 from revify.runtime.tape import Value, saves_nothing
+from revify.runtime.views import with_views, without_views
 
 
 class CodeTape:
@@ -239,7 +240,8 @@ class CodedStep(StandIn):
         known = tape
         if tape is None:
             tape = CodeTape(self.name, x if link is None else link.running.z, running, self.rule.bits)
-        rerun = Rerun(self.name, self._branch, self.module, SideInputs.of(*side), self._habits, tape.draws, seen=False)
+        kept = SideInputs.of(*without_views(side, x, x))
+        rerun = Rerun(self.name, self._branch, self.module, kept, self._habits, tape.draws, seen=False)
         load = partial(tape.load, tape.position, Entry(rerun, x.dtype, x.requires_grad))
         t, others = rerun.first(lambda: self._branch(x, *side[0], **side[1]), x.device, load)
         return t, others, tape if known is not None or rerun.drops else None
@@ -259,7 +261,7 @@ class CodedStep(StandIn):
 
     def _branch(self, x: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
         """T(x), and the other results."""
-        args, kwargs = with_stream(self.stream, x, args, kwargs)
+        args, kwargs = with_stream(self.stream, x, *with_views((args, kwargs), x))
         before = version(x)
         outputs = self.transform(self.module, *args, **kwargs) if self.transform else self.plain(*args, **kwargs)
         return pick_stream(self.name, outputs, self.result, x, before)

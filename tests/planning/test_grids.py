@@ -208,8 +208,8 @@ def test_a_model_in_eval_mode_is_looked_at_in_both_modes() -> None:
     torch.manual_seed(0)
     model = Unsettled()
     x = model.example()
-    assert revify.plan(model, x).stages[0].grid == 12
-    evaluated = revify.convert(model.eval(), x)
+    assert revify.plan(model, x, step="recurrence").stages[0].grid == 12
+    evaluated = revify.convert(model.eval(), x, step="recurrence")
     assert grid_of(evaluated) == WIDE_GRID
     evaluated(*x).sum().backward()
 

@@ -58,17 +58,20 @@ def held(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_held_does_not_grow_with_depth(way: str) -> None:
-    few, many = (held(converted(lambda: StreamTwice(depth, way), bits=0)) for depth in (4, 24))  # noqa: B023
-    assert many - few < 20 * 200  # checksums; a stream value has 2,560 bytes
+@pytest.mark.parametrize(("step", "bits", "each"), [("recurrence", 0, 200), ("coded", 4, 600)])
+def test_what_is_held_does_not_grow_with_depth(way: str, step: str, bits: int, each: int) -> None:
+    """For each block checksums, or its code; a stream value has 2,560 bytes."""
+    few, many = (held(converted(lambda: StreamTwice(depth, way), step=step, bits=bits)) for depth in (4, 24))  # noqa: B023
+    assert many - few < 20 * each
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("grid", [12, 32])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_gradients_are_those_of_autograd(way: str, grid: int, autocast: torch.dtype | None) -> None:
-    model = converted(lambda: StreamTwice(4, way), bits=2, grid=grid)
-    assert_same_gradients(model, inputs_of(model), autocast=autocast)
+    for options in ({"bits": 2, "grid": grid, "step": "recurrence"}, {"step": "coded"}):
+        model = converted(lambda: StreamTwice(4, way), **options)
+        assert_same_gradients(model, inputs_of(model), autocast=autocast)
 
 
 @pytest.mark.parametrize("way", ["itself", "transposed"])
