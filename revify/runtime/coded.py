@@ -29,6 +29,7 @@ from torch.autograd import Function
 
 from revify.runtime.arguments import pick_stream, split_stream, with_stream
 from revify.runtime.codes import Code, Running, decode
+from revify.runtime.conditions import drop_weight_copies
 from revify.runtime.guards import Repeats
 from revify.runtime.links import Rider, carrier
 from revify.runtime.randomness import Draws, own_numbers
@@ -217,6 +218,7 @@ class CodedStep(StandIn):
                 t, others, tape = self._recorded(x, side, tape, link, running)
             else:
                 (t, others), tape = self._branch(x, *side[0], **side[1]), None
+        drop_weight_copies(x.device)
         value = t if running is None or not coded else self._stepped(t, running, tape)
         return value if self.result is None else (*others[: self.result], value, *others[self.result :])
 

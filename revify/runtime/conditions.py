@@ -81,3 +81,14 @@ class Conditions:
                 stack.enter_context(random_numbers(self.random))
             stack.enter_context(self.state.again())
             yield
+
+
+def drop_weight_copies(device: torch.device) -> None:
+    """Let go of the copies of weights that autocast keeps until it ends, which is the end of the forward pass.
+
+    What runs again makes its copies anew, so nobody needs them; of a transformer they are a third of what is held in
+    forward. Ordinary autograd on the same model must let go of them, too: where a weight is used in two places, its
+    gradient is summed in another precision.
+    """
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
