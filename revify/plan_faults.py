@@ -20,6 +20,8 @@ def block_faults(block: BlockPlan) -> Iterator[str]:
     """Faults of one block."""
     if block.branch_bytes and block.split_branches:
         yield "a block is cut into branches, or split into branches of half the channels, not both"
+    if block.run is not None and not (block.branch_bytes and block.inner):
+        yield "a run of additions has branches, and names the modules that they call"
     if len(block.branch_bytes) == 1:
         yield "a block with one branch is one step, so the bytes of its branches are not listed"
 
@@ -54,8 +56,9 @@ def stage_faults(stage: StagePlan) -> Iterator[str]:
 
 def plan_faults(plan: Plan) -> Iterator[str]:
     """Faults of the whole plan."""
-    paths = Counter(block.path for stage in plan.stages for block in stage.blocks)
-    yield from (f"the block {path!r} is in it {count} times" for path, count in paths.items() if count > 1)
+    blocks = Counter((block.path, block.run) for stage in plan.stages for block in stage.blocks)
+    yield from (f"the block {path!r} is in it {count} times" for (path, _), count in blocks.items() if count > 1)
+    paths = {path for stage in plan.stages for path in stage.paths}
     for checkpoint in plan.checkpointed:
         if checkpoint.after > len(plan.stages):
             yield f"{checkpoint.path!r} is checkpointed after stage {checkpoint.after}, but there are {len(plan.stages)}"

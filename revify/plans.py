@@ -110,6 +110,9 @@ class BlockPlan:
         bits: residue bits per element of each of its steps, None where they are those of the stage.
         kept_bytes: what it keeps until the backward by itself: attributes, and custom Functions that save nothing the usual
             way.
+        run: where its own forward adds, in a loop over other modules, which run of its additions; None where the block as a
+            whole is a step, or its branches are.
+        inner: the paths of the modules that the steps of such a run call.
     """
 
     path: str
@@ -123,14 +126,24 @@ class BlockPlan:
     split_branches: tuple[BranchPlan, ...] = ()
     bits: Bits | None = None
     kept_bytes: Bytes = 0
+    run: Annotated[int, Range(0, 2**16)] | None = None
+    inner: tuple[str, ...] = ()
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
         return block_faults(self)
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the modules whose activations it does not keep."""
+        return (self.path,) if self.run is None else self.inner
+
+    @property
     def steps(self) -> tuple[str, ...]:
         """The names of its steps."""
+        if self.run is not None:
+            where = f"{self.path or 'the forward of the model'}, run {self.run}"
+            return tuple(f"{where}, addition {number}" for number in range(len(self.branch_bytes)))
         count = max(len(self.split_branches), len(self.branch_bytes))
         return tuple(f"{self.path}, branch {number}" for number in range(count)) if count > 1 else (self.path,)
 
@@ -225,6 +238,11 @@ class StagePlan:
         if self.coupling:
             return max(branch.saved_bytes for block in self.blocks for branch in block.split_branches)
         return max(max(block.branch_bytes, default=block.saved_bytes) for block in self.blocks)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the modules whose activations it does not keep."""
+        return tuple(path for block in self.blocks for path in block.paths)
 
     @property
     def steps(self) -> tuple[str, ...]:

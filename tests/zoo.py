@@ -382,6 +382,178 @@ class TakesTwoInputs(Net):
         return super().forward(x + shift)
 
 
+# Networks whose additions are in a loop over branches: the module that loops is cut, "" being the model itself
+
+
+def branch(width: int = 6) -> nn.Sequential:
+    """What a loop adds."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+class ResidualsInALoop(Net):
+    """The additions are in the network's own forward: no module could be given another one."""
+
+    STAGES = (("",),)
+
+    def __init__(self) -> None:
+        super().__init__(*(branch() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+class LoopInAContainer(Net):
+    """A module of the network loops over pairs of branches; it has a learned scale of its own, and ends with a norm."""
+
+    STAGES = (("blocks.0",),)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleList([branch(), branch()]) for _ in range(3))
+            self.scale, self.norm = nn.Parameter(torch.full((6,), 0.5)), nn.LayerNorm(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for one, two in self.layers:
+                x = one(x) * self.scale + x
+                y = two(x)
+                y += x
+                x = y
+            return self.norm(x)
+
+    def __init__(self) -> None:
+        super().__init__(self.Layers())
+
+
+class LoopWithSideInputs(Net):
+    """Each step is given a mask, a learned position that the loop computes, and a number; the result comes in a tuple."""
+
+    STAGES = (("blocks.0",),)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(branch() for _ in range(4))
+            self.position = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, x: Tensor, *, mask: Tensor, scale: float = 0.5, more: None = None) -> tuple[Tensor, Tensor]:
+            position, size = self.position.cos(), x.shape[1]
+            for layer in self.layers:
+                x = x + layer(x * position) * mask * scale / size
+            return x, position
+
+    def __init__(self) -> None:
+        super().__init__(self.Layers())
+        self.mask = nn.Parameter(torch.rand(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, position = self.blocks[0](self.stem(x), mask=self.mask.sigmoid())
+        return self.head(x.mean(1) + position.mean(0))
+
+
+class OneBranchForAllSteps(Net):
+    """One module is called four times, with dropout."""
+
+    STAGES = (("",),)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(branch(), nn.Dropout(0.2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(4):
+            x = x + self.blocks[0](x)
+        return self.head(x.mean(1))
+
+
+class BranchesSideBySide(Net):
+    """x + one(x) + two(x) is one step."""
+
+    STAGES = (("",),)
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.ModuleList([branch(), branch()]) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for one, two in self.blocks:
+            x = x + one(x) + two(x)
+        return self.head(x.mean(1))
+
+
+class NormsAfterTheSums(Net):
+    """The norm of each sum is the next step's stream."""
+
+    STAGES = (("",),)
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.ModuleList([branch(), nn.LayerNorm(6)]) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for part, norm in self.blocks:
+            x = norm(x + part(x))
+        return self.head(x.mean(1))
+
+
+class SkipAroundTheLoop(Net):
+    """What goes into the loop is added once more behind it, and the value in the middle goes to the head, too."""
+
+    STAGES = (("",),)
+
+    def __init__(self) -> None:
+        super().__init__(*(branch() for _ in range(4)))
+        self.last = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            x = x + block(x)
+            if number == 1:
+                middle = x
+        return self.head((self.last(x) + first).mean(1) + middle.mean(1))
+
+
+class TwoLoops(Net):
+    """Two runs in one forward, with other widths, batch norms and a layer in place."""
+
+    STAGES = (("",), ("",))
+    SHAPE = IMAGE
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def convolutions(width: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+        self.blocks = nn.ModuleList(nn.ModuleList(convolutions(width) for _ in range(3)) for width in (6, 9))
+        self.between, self.head = nn.Conv2d(6, 9, 2, stride=2), nn.Linear(9, self.CLASSIFIER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks[0]:
+            x = x + block(x)
+        x = self.between(x)
+        for block in self.blocks[1]:
+            x = block(x) + x
+        return self.head(x.mean((2, 3)))
+
+
+LOOPS: dict[type[Net], tuple[int, ...]] = {
+    ResidualsInALoop: (4,),
+    LoopInAContainer: (6,),
+    LoopWithSideInputs: (4,),
+    OneBranchForAllSteps: (4,),
+    BranchesSideBySide: (3,),
+    NormsAfterTheSums: (4,),
+    SkipAroundTheLoop: (4,),
+    TwoLoops: (3, 3),
+}
+
+
 # Networks without a stage
 
 
@@ -431,21 +603,6 @@ class NoShortcut(Net):
 
     def __init__(self) -> None:
         super().__init__(*(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(3)))
-
-
-class ResidualsInALoop(Net):
-    """The additions are in the network's own forward: no module could be given another one."""
-
-    STAGES = ()
-
-    def __init__(self) -> None:
-        super().__init__(*(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU()) for _ in range(3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x.mean(1))
 
 
 class ReturnsTuples(Net):
@@ -523,6 +680,5 @@ REFUSED: dict[type[Net], str] = {
     ChangesInputInPlace: "changes its input in place",
     DenseConcat: "its output is concatenated with its input",
     NoShortcut: "no path of additions leads from its input to its output",
-    ResidualsInALoop: "no path of additions leads from its input to its output",
     SingleBlocks: "is a residual block, but neither the module before it nor the one after it continues its stream",
 }

@@ -205,8 +205,8 @@ def checkpoint_blocks(model: nn.Module, plan: Plan) -> str:
         except AssertionError:  # how timm says that a model does not support it
             switch(False)
     for stage in plan.stages:
-        for block in stage.blocks:
-            module = model.get_submodule(block.path)
+        for path in stage.paths:
+            module = model.get_submodule(path)
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     return "torch.utils.checkpoint around each block of the plan"
 

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
+from revify.planning.containers import ContainerRun
 from revify.planning.stages import Stage
 from revify.plans import StagePlan
 from revify.reading.observing import Call, Observation
+
+Run = Stage | ContainerRun
 
 WORTH_A_RERUN = 0.005  # of the model's saved bytes, that running modules again must save
 MOST_PARTS = 400  # of runs that are tried
@@ -27,8 +30,8 @@ WIDEST = 200  # ways to one place that are followed
 
 
 def choose_stages(
-    runs: Sequence[Stage], observation: Observation, planned: Callable[[Stage], StagePlan], *, checkpoints: bool
-) -> tuple[Stage, ...]:
+    runs: Sequence[Run], observation: Observation, planned: Callable[[Run], StagePlan], *, checkpoints: bool
+) -> tuple[Run, ...]:
     """The stages of a model, in the order of their calls; no module is in two of them.
 
     Args:
@@ -93,12 +96,12 @@ class _Way:
     """Stages chosen up to some place, the last first, and their cost."""
 
     cost: _Cost
-    stage: Stage | None = None
+    stage: Run | None = None
     before: _Way | None = None
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[Run]:
         """In the order of their calls."""
-        found, way = list[Stage](), self
+        found, way = list[Run](), self
         while way.stage is not None and way.before is not None:
             found.append(way.stage)
             way = way.before
@@ -108,7 +111,7 @@ class _Way:
 class _Axis:
     """The forward pass: what lies between two places of it costs, without a stage in it."""
 
-    def __init__(self, observation: Observation, runs: Sequence[Stage], *, checkpoints: bool) -> None:
+    def __init__(self, observation: Observation, runs: Sequence[Run], *, checkpoints: bool) -> None:
         self.end = len(observation.calls)
         self._calls = observation.calls
         self._counts = Counter(call.path for call in observation.calls)
@@ -144,7 +147,7 @@ class _Axis:
 class _Piece:
     """A stage on the axis."""
 
-    def __init__(self, stage: Stage, axis: _Axis, plan: StagePlan) -> None:
+    def __init__(self, stage: Run, axis: _Axis, plan: StagePlan) -> None:
         self.stage, self.start, self.end = stage, stage.start, stage.end
         cost = _Cost()
         for (_, end), (start, _) in pairwise(stage.spans):
@@ -154,24 +157,26 @@ class _Piece:
         self.cost = cost.then(_Cost(-plan.saved_bytes, held, most, most))
 
 
-def _parts(runs: Sequence[Stage]) -> list[Stage]:
+def _parts(runs: Sequence[Run]) -> list[Run]:
     """All parts of the runs; of many, those that begin and end beside a block that has a run inside, or the runs alone."""
-    every = [run.part(a, b) for run in runs for a, b in combinations(range(len(run.spans) + 1), 2) if b - a > 1]
+    wholes: list[Run] = [run for run in runs if isinstance(run, ContainerRun)]
+    chains = [run for run in runs if isinstance(run, Stage)]
+    every = [run.part(a, b) for run in chains for a, b in combinations(range(len(run.spans) + 1), 2) if b - a > 1]
     if len(every) <= MOST_PARTS:
-        return every
+        return [*wholes, *every]
     parts: list[Stage] = []
-    for run in runs:
+    for run in chains:
         inner = {place for place, span in enumerate(run.spans) if any(_within(other, span) for other in runs)}
         ends = sorted({0, len(run.spans)} | inner | {place + 1 for place in inner})
         parts += [run.part(a, b) for a, b in combinations(ends, 2) if b - a > 1]
-    return parts if len(parts) <= MOST_PARTS else list(runs)
+    return [*wholes, *(parts if len(parts) <= MOST_PARTS else chains)]
 
 
-def _within(run: Stage, span: tuple[int, int]) -> bool:
+def _within(run: Run, span: tuple[int, int]) -> bool:
     return span[0] < run.start and run.end <= span[1]
 
 
-def _best_way(pieces: Sequence[_Piece], axis: _Axis) -> list[Stage]:
+def _best_way(pieces: Sequence[_Piece], axis: _Axis) -> list[Run]:
     origin = _Way(_Cost())
     ways: list[tuple[int, list[_Way]]] = [(0, [origin])]
     for piece in pieces:

@@ -40,18 +40,29 @@ def choose_grids(plan: Plan, model: nn.Module, example: Example) -> Plan:
     """
     if not holds_data(model):
         return replace(plan, unmeasured="the model holds no data")
-    places = {block.path: Place(block.stream, block.result) for stage in plan.stages for block in stage.blocks}
+    blocks = [block for stage in plan.stages for block in stage.blocks]
+    places = {block.path: Place(block.stream, block.result) for block in blocks if block.run is None}
+    runs = {block.path: block.inputs for block in blocks if block.run is not None}
     try:
-        passes = [watch_flows(model, example, places, training=mode) for mode in sorted({True, model.training})]
+        passes = [watch_flows(model, example, places, runs, training=mode) for mode in sorted({True, model.training})]
     except Exception as error:  # analysed without data, a model may not run with them here: half precision on a CPU
         return replace(plan, unmeasured=f"it does not run here: {(str(error).strip().splitlines() or [''])[0]}")
 
     def fitting(stage: StagePlan) -> int:
-        found = [[flows[b.path] for b in stage.blocks if b.path in flows] for flows in passes]
+        found = [[flows[step] for step in _watched(stage) if step in flows] for flows in passes]
         grids = [fitting_grid(flows, stage.dtype) for flows in found]
         return WIDE_GRID if WIDE_GRID in grids else min(grids)
 
     return replace(plan, stages=tuple(with_grid(stage, fitting(stage)) for stage in plan.stages))
+
+
+def _watched(stage: StagePlan) -> list[tuple[str, int | None, int]]:
+    """What is known of its flows: of whole blocks, or of the steps of a run."""
+    return [
+        (block.path, block.run, number)
+        for block in stage.blocks
+        for number in range(1 if block.run is None else len(block.branch_bytes))
+    ]
 
 
 def with_grid(stage: StagePlan, resolution: int) -> StagePlan:

@@ -9,14 +9,15 @@ from torch import nn
 
 from revify.couplings.shipped import additive
 from revify.methods import Method
-from revify.planning.blocks import find_blocks
+from revify.planning.blocks import ResidualBlock, find_blocks
 from revify.planning.branching import cut_blocks
-from revify.planning.choosing import choose_stages
+from revify.planning.choosing import Run, choose_stages
+from revify.planning.containers import ContainerRun, find_containers
 from revify.planning.grids import choose_grids, with_grid
 from revify.planning.halving import split_stages
 from revify.planning.refusals import find_refusals
 from revify.planning.repeating import add_checkpoints
-from revify.planning.stages import Stage, channel_axis, find_runs
+from revify.planning.stages import channel_axis, find_runs
 from revify.plans import BlockPlan, Plan, Refusal, StagePlan
 from revify.reading.draws import drawing, observe_passes
 from revify.reading.holding import watch_holdings
@@ -44,11 +45,15 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     modules = dict(model.named_modules())
     blocks = tuple(b for b in find_blocks(observation, graph, modules) if b.call.path not in passes.skipped)
 
-    def planned(stage: Stage) -> StagePlan:
-        return _stage_plan(stage, method, None, observation)
+    def planned(run: Run) -> StagePlan:
+        return _stage_plan(run, method, None, observation)
 
-    runs = find_runs(blocks, graph)
+    chains = find_runs(blocks, graph)
+    runs: tuple[Run, ...] = chains
+    if method.streams == "full" and not method.is_fitted:
+        runs = (*chains, *find_containers(model, example, observation, graph, chains))
     stages = choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
+    staged = [path for stage in stages for path in stage.paths]
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else None
     plan = Plan(
@@ -58,10 +63,11 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         grid=DEFAULT_GRID if method.grid == "auto" else method.grid,
         transitions=method.transitions,
         stages=tuple(
-            _stage_plan(stage, method, channel_axis(stage, observation, modules), observation) for stage in stages
+            _stage_plan(stage, method, channel_axis(stage.paths, stage.shape, observation, modules), observation)
+            for stage in stages
         ),
         checkpointed=(),
-        refusals=_explained(find_refusals(observation, graph, blocks, stages, modules), passes.skipped),
+        refusals=_explained(find_refusals(observation, graph, blocks, staged, modules), passes.skipped),
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
@@ -85,10 +91,12 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
 def _with_holdings(plan: Plan, model: nn.Module, example: Example) -> Plan:
     """The plan with what its blocks keep by themselves."""
     with drawing(None):
-        kept = watch_holdings(model, example, [block.path for stage in plan.stages for block in stage.blocks])
+        kept = watch_holdings(model, example, [path for stage in plan.stages for path in stage.paths])
 
     def noted(stage: StagePlan) -> StagePlan:
-        return replace(stage, blocks=tuple(replace(b, kept_bytes=kept.get(b.path, 0)) for b in stage.blocks))
+        return replace(
+            stage, blocks=tuple(replace(b, kept_bytes=sum(kept.get(path, 0) for path in b.paths)) for b in stage.blocks)
+        )
 
     return replace(plan, stages=tuple(map(noted, plan.stages))) if kept else plan
 
@@ -100,23 +108,39 @@ def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[
     return tuple(Refusal(r.path, reason, remedy) if r.path in skipped else r for r in refusals)
 
 
-def _stage_plan(stage: Stage, method: Method, axis: int | None, observation: Observation) -> StagePlan:
-    call = stage.blocks[0].call
+def _stage_plan(run: Run, method: Method, axis: int | None, observation: Observation) -> StagePlan:
+    dtype = run.dtype if isinstance(run, ContainerRun) else run.blocks[0].call.dtype
     return StagePlan(
-        blocks=tuple(
-            BlockPlan(
-                b.call.path, b.call.kind, b.stream.argument, b.shortcut.value, b.call.saved_bytes, result=b.result
-            )
-            for b in stage.blocks
-        ),
-        shape=call.shape,
-        dtype=str(call.dtype).removeprefix("torch."),
-        stream_bytes=stage.stream_bytes,
+        blocks=(_container_plan(run),) if isinstance(run, ContainerRun) else tuple(map(_block_plan, run.blocks)),
+        shape=run.shape,
+        dtype=str(dtype).removeprefix("torch."),
+        stream_bytes=run.stream_bytes,
         bits=method.first_bits,
         predictor=method.first_predictor,
         sign=method.first_sign,
         pattern=BALANCED,
         axis=axis,
         step=method.first_step,
-        copied=stage.blocks[-1].call.output in observation.passing,
+        copied=not isinstance(run, ContainerRun) and run.blocks[-1].call.output in observation.passing,
+    )
+
+
+def _block_plan(block: ResidualBlock) -> BlockPlan:
+    call = block.call
+    return BlockPlan(
+        call.path, call.kind, block.stream.argument, block.shortcut.value, call.saved_bytes, result=block.result
+    )
+
+
+def _container_plan(run: ContainerRun) -> BlockPlan:
+    return BlockPlan(
+        run.path,
+        run.kind,
+        0,
+        "identity",
+        run.saved_bytes,
+        branch_bytes=run.saved,
+        inputs=run.given,
+        run=run.run,
+        inner=run.paths,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
 from revify.planning.blocks import ResidualBlock
-from revify.planning.stages import Stage
 from revify.plans import Refusal
 from revify.reading.observing import Call, Observation
 from revify.reading.roles import concatenates
@@ -18,11 +18,11 @@ def find_refusals(
     observation: Observation,
     graph: Trace,
     blocks: tuple[ResidualBlock, ...],
-    stages: tuple[Stage, ...],
+    staged: Collection[str],
     modules: dict[str, nn.Module],
 ) -> tuple[Refusal, ...]:
     """A reason for every module that looks like a block, a child of a sequence with modules of its own, and is in no stage."""
-    inside = {b.call.path for stage in stages for b in stage.blocks}
+    inside = set(staged)
     above = {parent for path in inside for parent in parents(path)}
     residual = {b.call.path: b for b in blocks}
     counts: dict[str, int] = {}
@@ -37,7 +37,7 @@ def find_refusals(
         if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
             within = _nodes_within(call, graph)
             refused[call.path] = _explain(call, counts[call.path], residual.get(call.path), concatenates(within))
-    if not stages and not refused:
+    if not inside and not refused:
         nothing = "no module adds its input to its output: there is no residual block in it"
         refused[""] = Refusal("", nothing, "use gradient checkpointing")
     return tuple(refused.values())

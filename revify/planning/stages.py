@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
 from revify.planning.blocks import ResidualBlock
 from revify.reading.observing import Observation, ValueKey
 from revify.reading.tracing import Trace
+
+
+class Spanning(Protocol):
+    """What lies along the forward pass."""
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """From where to where its parts run, in calls that had started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +70,21 @@ class Stage:
         """Where its last block ends."""
         return self.spans[-1][1]
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of its blocks."""
+        return tuple(block.call.path for block in self.blocks)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stream."""
+        return self.blocks[0].call.shape
+
     def part(self, first: int, last: int) -> Stage:
         """The blocks from the first up to, but without, the last."""
         return Stage(self.blocks[first:last])
 
-    def overlaps(self, other: Stage) -> bool:
+    def overlaps(self, other: Spanning) -> bool:
         """Whether a block of the one contains, or is, one of the other."""
         return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
 
@@ -94,21 +113,23 @@ def find_runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, .
     return tuple(runs)
 
 
-def channel_axis(stage: Stage, observation: Observation, modules: dict[str, nn.Module]) -> int | None:
+def channel_axis(
+    paths: tuple[str, ...], shape: tuple[int, ...], observation: Observation, modules: dict[str, nn.Module]
+) -> int | None:
     """Which axis of a stage's stream holds the channels, by the first layer in it that treats channels apart.
 
     Args:
-        stage: the stage.
+        paths: of the stage's modules.
+        shape: of its stream.
         observation: its forward pass.
         modules: the model's modules by path.
 
     Returns:
         The axis counted from the front, or None where no layer tells.
     """
-    within = tuple(block.call.path + "." for block in stage.blocks)
-    shape = stage.blocks[0].call.shape
+    within = tuple(path + "." for path in paths)
     for call in observation.calls:
-        if call.path.startswith(within) and any(i.shape == shape for i in call.inputs):
+        if f"{call.path}.".startswith(within) and any(i.shape == shape for i in call.inputs):
             axis = _axis_of(modules[call.path], shape)
             if axis is not None:
                 return axis

@@ -86,15 +86,16 @@ class _Piece:
 
 def _pieces(observation: Observation, plan: Plan, parted: set[str]) -> Iterator[_Piece]:
     """The largest modules without a stage in them and not parted, each called once, in the order of their calls."""
-    inside = {block.path for stage in plan.stages for block in stage.blocks}
+    inside = {path for stage in plan.stages for path in stage.paths}
     above = {parent for path in inside for parent in parents(path)} | {""} | parted
+    known = inside | above
     counts = Counter(call.path for call in observation.calls)
     calls = {call.path: call for call in observation.calls}
-    last = [calls[stage.blocks[-1].path] for stage in plan.stages]
+    last = [calls[stage.paths[-1]] for stage in plan.stages]
     ends = {call.output for call, stage in zip(last, plan.stages, strict=True) if _holds_its_output(stage)}
     for call in observation.calls:
         called = [parent for parent in parents(call.path) if counts[parent]]
-        largest = call.path not in inside | above and above.issuperset(called)
+        largest = call.path not in known and above.issuperset(called)
         if largest and counts[call.path] == 1 and (call.output is not None or call.results):
             after = sum(end.order < call.order for end in last)
             held = sum(i.bytes for i in call.inputs if i.key not in ends)  # a stage holds its output anyway

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revify.reading.programs import Part, Program, read_program
 from revify.reading.tracing import Example, call_with, copy_with_data, each_of
 
 
@@ -36,9 +38,17 @@ class Place:
     result: int | None
 
 
+Where = tuple[str, int | None, int]  # the path of a block; or of a container, which of its runs, and which step of it
+
+
 def watch_flows(
-    model: nn.Module, example: Example, places: Mapping[str, Place], *, training: bool = True
-) -> dict[str, Flow]:
+    model: nn.Module,
+    example: Example,
+    places: Mapping[str, Place],
+    runs: Mapping[str, Collection[int | str]],
+    *,
+    training: bool = True,
+) -> dict[Where, Flow]:
     """Run a copy of the model, with its own parameters, and look at its blocks.
 
     An input without data, or that is the same everywhere (only shapes were meant), is replaced by normal random numbers.
@@ -47,22 +57,49 @@ def watch_flows(
         model: with data; it stays as it is, and so do the random numbers.
         example: its inputs.
         places: the blocks to look at, by path.
+        runs: containers whose steps are to be looked at, with those of their arguments that are tensors.
         training: whether in train or in eval mode.
 
     Returns:
-        The flow of each block that was called.
+        The flow of each block, or step of a container, that was called.
     """
-    found: dict[str, tuple[Tensor, ...]] = {}
+    found: dict[Where, tuple[Tensor, ...]] = {}
     device = device_of(model)
     copied = copy_with_data(model).train(training)
     for path, place in places.items():
         copied.get_submodule(path).register_forward_hook(partial(_look, found, path, place), with_kwargs=True)
+    for path, given in runs.items():
+        container = copied.get_submodule(path)
+        program = read_program(container, given)
+        if program is not None:
+            container.forward = _Watched(found, path, container, program)
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(0)
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(0)
         call_with(copied, with_data(example, device))
-    return {path: Flow(*(float(number) for number in numbers)) for path, numbers in found.items()}
+    return {where: Flow(*(float(number) for number in numbers)) for where, numbers in found.items()}
+
+
+class _Watched:
+    """Stands in for the forward of a container: runs its program and looks at its steps."""
+
+    def __init__(
+        self, found: dict[Where, tuple[Tensor, ...]], path: str, container: nn.Module, program: Program
+    ) -> None:
+        self.found, self.path, self.container, self.program = found, path, container, program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seen = Counter[int]()
+
+        def step(number: int, part: Part, z: Any, side: tuple[Any, ...]) -> Any:
+            following = part(self.container, z, *side)
+            if isinstance(z, Tensor) and z.shape == following.shape:
+                self.found[self.path, part.run, seen[part.run]] = _numbers(z, following)
+            seen[part.run] += 1
+            return following
+
+        return self.program(self.container, args, kwargs, step)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -81,7 +118,7 @@ def with_data(example: Example, device: torch.device) -> Example:
 
 
 def _look(
-    found: dict[str, tuple[Tensor, ...]],
+    found: dict[Where, tuple[Tensor, ...]],
     path: str,
     place: Place,
     module: nn.Module,
@@ -91,10 +128,15 @@ def _look(
 ) -> None:
     x = args[place.stream] if isinstance(place.stream, int) else kwargs[place.stream]
     y = output if place.result is None else output[place.result]
+    found[path, None, 0] = _numbers(x, y)
+
+
+def _numbers(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """A flow's numbers, on the device."""
     wide = torch.promote_types(y.dtype, torch.float32)
     x, y = x.to(wide), y.to(wide)
     peak = torch.maximum(x.abs().amax(), y.abs().amax())
-    found[path] = (peak, y.square().mean().sqrt(), (y - x).square().mean().sqrt())
+    return peak, y.square().mean().sqrt(), (y - x).square().mean().sqrt()
 
 
 def _with_data(x: Tensor, device: torch.device) -> Tensor:

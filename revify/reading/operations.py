@@ -48,7 +48,7 @@ def execute(step: Operation, block: nn.Module, values: dict[str, Any]) -> Any:
     """
     if step.kind == "get_attr":
         return operator.attrgetter(step.target)(block)
-    args, kwargs = _filled(step.args, values), _filled(step.kwargs, values)
+    args, kwargs = filled(step.args, values), filled(step.kwargs, values)
     if step.kind == "call_module":
         return block.get_submodule(step.target)(*args, **kwargs)
     if step.kind == "call_method":
@@ -56,14 +56,14 @@ def execute(step: Operation, block: nn.Module, values: dict[str, Any]) -> Any:
     return step.target(*args, **kwargs)
 
 
-def _filled(value: Any, values: dict[str, Any]) -> Any:
+def filled(value: Any, values: dict[str, Any]) -> Any:
     """The arguments with values in the slots."""
     if isinstance(value, Slot):
         return values[value.name]
     if isinstance(value, tuple | list):
-        return type(value)(_filled(item, values) for item in value)
+        return type(value)(filled(item, values) for item in value)
     if isinstance(value, dict):
-        return {name: _filled(item, values) for name, item in value.items()}
+        return {name: filled(item, values) for name, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(_filled(item, values) for item in (value.start, value.stop, value.step)))
+        return slice(*(filled(item, values) for item in (value.start, value.stop, value.step)))
     return value

@@ -22,6 +22,8 @@ from torch import nn
 
 STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL", "DELETE_GLOBAL")
 CHANGES = {"append", "appendleft", "extend", "insert", "update", "setdefault", "write", "setattr", "print", "open"}
+LASTING = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+SHOWS = {"write", "setattr", "print", "open"}
 GENERATORS = ("Generator", "RandomState", "Random")  # of torch, numpy and Python
 
 Flags = dict[str, Any]  # Any: numbers, texts, None, and tuples of them
@@ -62,6 +64,15 @@ class Witness:
             for step in dis.get_instructions(code)
         )
 
+    @property
+    def outlasts(self) -> bool:
+        """Whether one of the functions does what is still there when it has returned; lists of its own may grow."""
+        return any(
+            step.opname in LASTING or (step.opname.startswith("LOAD_") and step.argval in SHOWS)
+            for code in self._seen
+            for step in dis.get_instructions(code)
+        )
+
     def flags(self) -> Flags:
         """The attributes, by path from the block, that the functions read and that are no modules or tensors."""
         found: Flags = {}
@@ -84,6 +95,12 @@ class Witness:
 def has_generator(block: nn.Module) -> bool:
     """Whether the block holds a random number generator of its own."""
     return any(type(value).__name__ in GENERATORS for value in vars(block).values())
+
+
+def sizes_of(block: nn.Module) -> list[int]:
+    """How long the lists, sets and dictionaries are that its modules hold, so that one that grew is seen."""
+    parts = (value for part in block.modules() for value in vars(part).values())
+    return [len(value) for value in parts if isinstance(value, list | set | dict)]
 
 
 def changed_flag(block: nn.Module, flags: Mapping[str, Any]) -> tuple[str, Any] | None:

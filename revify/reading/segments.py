@@ -65,8 +65,8 @@ class Segment:
                 'block: unit="block".'
             )
         stream = self.parameters[self.stream] if isinstance(self.stream, int) else self.stream
-        values = {_argument(name): value for name, value in given.items()}
-        values[self.start] = values.pop(_argument(stream))
+        values = {argument_name(name): value for name, value in given.items()}
+        values[self.start] = values.pop(argument_name(stream))
         for step in self.operations:
             values[step.result] = execute(step, block, values)
             for name in step.last_used:
@@ -170,16 +170,16 @@ def _read(block: nn.Module, stream: int | str, given: Collection[int | str]) -> 
     }
     bare = meta_copy(block)
     with torch.random.fork_rng(devices=[]), Witness(bare) as witness:
-        graph = _traced(bare, fixed)
+        graph = trace_children(bare, fixed)
     if graph is None or witness.draws or witness.changes or has_generator(block):
         return None
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if str(graph) != str(_traced(bare.eval(), fixed)):
+        if str(graph) != str(trace_children(bare.eval(), fixed)):
             return None
     names = tuple(p.name for p in signature)
     inputs = dict(zip(names, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
     x = inputs[names[stream] if isinstance(stream, int) else stream]
-    arguments = {node: _argument(name) for name, node in inputs.items()}
+    arguments = {node: argument_name(name) for name, node in inputs.items()}
     return _Reading(graph, x, dict(bare.named_modules()), stream, names, fixed, witness.flags(), arguments)
 
 
@@ -207,7 +207,7 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _traced(block: nn.Module, fixed: dict[str, Any]) -> fx.Graph | None:
+def trace_children(block: nn.Module, fixed: dict[str, Any]) -> fx.Graph | None:
     try:
         return _Tracer().trace(block, concrete_args=fixed or None)
     except Exception:  # fx runs the block's own code on proxies: it may fail in any way
@@ -264,6 +264,6 @@ def _out_of_place(node: fx.Node, start: fx.Node) -> Any:
     return operator.add if node.target is operator.iadd and node.args[0] is start else node.target
 
 
-def _argument(name: str) -> str:
+def argument_name(name: str) -> str:
     """The name of an argument's value: no operation has it."""
     return f"argument {name}"

@@ -18,11 +18,13 @@ from revify.couplings.parts import find_coupling, turns
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.reading.copying import HOOKS, copy_tree, exchange
+from revify.reading.programs import Part
 from revify.reading.segments import Segment, find_segments
 from revify.rewriting.branches import chain_rule, make_branches
 from revify.rewriting.cutting import apply_cuts
 from revify.rewriting.fitting import check_fits
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
+from revify.rewriting.programs import Programmed, programmed
 from revify.rewriting.replicas import Replicator
 from revify.runtime.coded import CodedRule, CodedStep
 from revify.runtime.grid import Grid
@@ -94,7 +96,7 @@ def change_bits(model: nn.Module, plan: Plan) -> None:
     """
     for stage in plan.stages:
         rule = _coded_rule(stage) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
-        for step in (step for block in stage.blocks for step in _steps(model.get_submodule(block.path))):
+        for step in (step for block in stage.blocks for step in _steps(model.get_submodule(block.path), block)):
             step.rule = rule
     model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
 
@@ -152,12 +154,13 @@ def _install(
             )
             hold_forecast(module, tensors, trainable=trainable)
         predictor = make_predictor(stage.predictor, module, stage.axis, grid)
+        container = None if block.run is None else programmed(module, block)
         steps = tuple(
             Step(module, rule, index + number, predictor, block.stream, transform, block.result)
-            for number, transform in enumerate(_transforms(module, block))
+            for number, transform in enumerate(_transforms(module, block, container))
         )
         index += len(steps)
-        _put(module, steps[0] if len(steps) == 1 else Steps(module, steps))
+        _put(module, _standing_in(module, block, container, steps))
 
 
 def _install_coded(model: nn.Module, stage: StagePlan) -> None:
@@ -165,12 +168,24 @@ def _install_coded(model: nn.Module, stage: StagePlan) -> None:
     index = 0
     for block in stage.blocks:
         module = model.get_submodule(block.path)
+        container = None if block.run is None else programmed(module, block)
         steps = tuple(
             CodedStep(module, rule, index + number, block.stream, transform, block.result)
-            for number, transform in enumerate(_transforms(module, block))
+            for number, transform in enumerate(_transforms(module, block, container))
         )
         index += len(steps)
-        _put(module, steps[0] if len(steps) == 1 else Steps(module, steps))
+        _put(module, _standing_in(module, block, container, steps))
+
+
+def _standing_in(
+    module: nn.Module, block: BlockPlan, container: Programmed | None, steps: tuple[Any, ...]
+) -> StandIn:  # Any: steps of one kind or the other
+    """What stands in for a block's forward: its step, its steps, or the program that has them among its operations."""
+    if container is not None and block.run is not None:
+        container.runs[block.run] = steps
+        return container
+    only: StandIn = steps[0] if len(steps) == 1 else Steps(module, steps)
+    return only
 
 
 def _coded_rule(stage: StagePlan) -> CodedRule:
@@ -181,10 +196,12 @@ def _rule(stage: StagePlan, grid: Grid) -> StageRule:
     return StageRule(stage.steps, stage.step_bits, grid, stage.sign, stage.pattern, stage.copied)
 
 
-def _steps(block: nn.Module) -> tuple[Any, ...]:  # Any: of one kind or the other
-    """The steps that stand in for a block's forward."""
-    replicator = vars(block).get(_REPLICATE)
+def _steps(module: nn.Module, block: BlockPlan) -> tuple[Any, ...]:  # Any: of one kind or the other
+    """The steps that stand in for a block's forward, or for a run of it."""
+    replicator = vars(module).get(_REPLICATE)
     stand_in = replicator.stand_in if isinstance(replicator, Replicator) else None
+    if isinstance(stand_in, Programmed):
+        return stand_in.runs[block.run or 0]
     if isinstance(stand_in, Steps):
         return stand_in.steps
     return (stand_in,) if isinstance(stand_in, Step | CodedStep) else ()
@@ -205,8 +222,10 @@ def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
         _put(module, Chained(module, rule, index, branches, block.stream))
 
 
-def _transforms(module: nn.Module, block: BlockPlan) -> tuple[Segment | None, ...]:
+def _transforms(module: nn.Module, block: BlockPlan, container: Programmed | None) -> tuple[Segment | Part | None, ...]:
     """What the steps of a block compute; None for its whole forward."""
+    if container is not None:
+        return container.parts(block.run or 0)
     if not block.branch_bytes:
         return (None,)
     segments = find_segments(module, block.stream, block.inputs)

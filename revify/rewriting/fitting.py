@@ -47,7 +47,7 @@ def _faults(stage: StagePlan, block: BlockPlan, modules: dict[str, nn.Module]) -
     if module is None or kind != block.kind:
         yield f"the plan expects a {block.kind} at {block.path}, but there is {kind} there"
         return
-    if not _takes(module, block.stream, named=bool(block.branch_bytes or block.split_branches)):
+    if block.run is None and not _takes(module, block.stream, named=bool(block.branch_bytes or block.split_branches)):
         yield f"the plan has the stream of {block.path} as its argument {block.stream!r}, which it does not take"
     if stage.axis is None or not (stage.coupling or stage.predictor in CALIBRATED):
         return
