@@ -48,12 +48,15 @@ def main() -> int:
     for network in NETWORKS:
         if options.names and not {network.name, network.package} & set(options.names):
             continue
-        found = row(network, options.bits)
+        try:
+            found = row(network, options.bits)
+        except Exception as error:  # of a network of others, or of revify: the row says which, and the others follow
+            found = ("", "", "", "", "", "", "ERROR", f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
         results.row(network.package, network.name, *found)
         if isinstance(found[4], float):
             ratios.append(found[4])
             predicted.append(found[5])
-        results.failed += found[6] == "DIFFERENT"
+        results.failed += found[6] in ("DIFFERENT", "ERROR")
     if ratios:
         mean = math.exp(statistics.fmean(map(math.log, ratios)))
         results.say(f"\n{len(ratios)} of {len(results.rows)} converted")

@@ -542,11 +542,27 @@ class TwoLoops(Net):
         return self.head(x.mean((2, 3)))
 
 
+class ReusedBlock(Net):
+    """One block for all layers, as in ALBERT."""
+
+    STAGES = (("",),)
+
+    def __init__(self) -> None:
+        super().__init__(Mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(4):
+            x = self.blocks[0](x)
+        return self.head(x.mean(1))
+
+
 LOOPS: dict[type[Net], tuple[int, ...]] = {
     ResidualsInALoop: (4,),
     LoopInAContainer: (6,),
     LoopWithSideInputs: (4,),
     OneBranchForAllSteps: (4,),
+    ReusedBlock: (4,),
     BranchesSideBySide: (3,),
     NormsAfterTheSums: (4,),
     SkipAroundTheLoop: (4,),
@@ -555,20 +571,6 @@ LOOPS: dict[type[Net], tuple[int, ...]] = {
 
 
 # Networks without a stage
-
-
-class ReusedBlock(Net):
-    """One block for all layers, as in ALBERT."""
-
-    STAGES = ()
-
-    def __init__(self) -> None:
-        super().__init__(Mlp())
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = self.blocks[0](x)
-        return self.head(x.mean(1))
 
 
 class ChangesInputInPlace(Net):
@@ -676,7 +678,6 @@ CONVERTIBLE: tuple[type[Net], ...] = (
 )
 
 REFUSED: dict[type[Net], str] = {
-    ReusedBlock: "is called 3 times in one forward pass",
     ChangesInputInPlace: "changes its input in place",
     DenseConcat: "its output is concatenated with its input",
     NoShortcut: "no path of additions leads from its input to its output",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revify.planning.refusals import parents
 from revify.planning.stages import Spanning, Stage
 from revify.reading.chains import FEWEST
 from revify.reading.observing import Call, Observation
@@ -105,7 +106,7 @@ def find_containers(
     }
     given |= {path: tuple(i.argument for i in call.inputs) for path, call in calls.items()}
     programs: dict[str, Program] = {}
-    for path, count in _additions(graph).items():
+    for path, count in (_additions(graph) + _repeated(counts)).items():
         if count >= (BLOCK_ADDITIONS if path in blocks else FEWEST) and counts[path] <= 1 and path in given:
             program = read_program(model.get_submodule(path), given[path])
             if program is not None:
@@ -141,6 +142,15 @@ def _additions(graph: Trace) -> Counter[str]:
     for node in graph.graph.nodes if graph.graph is not None else ():
         if node.op != "placeholder" and role_of(node, graph.modules) is Role.ADD and len(node.all_input_nodes) > 1:
             found[next(reversed(node.meta.get("nn_module_stack") or {"": None}))] += 1
+    return found
+
+
+def _repeated(counts: Counter[str]) -> Counter[str]:
+    """How many calls each module makes of children that it calls more than once."""
+    found = Counter[str]()
+    for path, count in counts.items():
+        caller = next(parent for parent in (*reversed(parents(path)), "") if counts[parent] or not parent)
+        found[caller] += count if count > 1 else 0
     return found
 
 

@@ -7,6 +7,7 @@ v ─┬─ branch ─(+)─┬─ branch ─(+)─ norm ─┬─ …        a 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from itertools import pairwise
 
 from torch import fx, nn
@@ -19,15 +20,21 @@ ON_THE_WAY = (Shortcut.IDENTITY, Shortcut.SCALED)
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
-def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[list[fx.Node]]:
-    """Values of a stream, each a residual addition, or what follows it, after the one before; longest runs first to last."""
+def find_chains(graph: fx.Graph, modules: dict[str, nn.Module], adding: Collection[str] = ()) -> list[list[fx.Node]]:
+    """Values of a stream, each a residual addition, or what follows it, after the one before, in order.
+
+    Args:
+        graph: with child modules as leaves.
+        modules: of the graph, by path.
+        adding: the paths of child modules that add to their first argument themselves.
+    """
     nodes = list(graph.nodes)
     order = {node: place for place, node in enumerate(nodes)}
     chains: list[list[fx.Node]] = []
     place = 0
     while place < len(nodes):
         chain = [nodes[place]]
-        while following := _following(chain[-1], nodes[order[chain[-1]] + 1 :], modules):
+        while following := _following(chain[-1], nodes[order[chain[-1]] + 1 :], modules, adding):
             chain.append(following)
         chain = _merged(chain)
         if len(chain) > FEWEST and not any(_changes(node, chain) for node in nodes):
@@ -38,13 +45,17 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[list[fx.
     return chains
 
 
-def _following(v: fx.Node, later: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
+def _following(
+    v: fx.Node, later: list[fx.Node], modules: dict[str, nn.Module], adding: Collection[str]
+) -> fx.Node | None:
     """The next value of the stream: the first sum to which a shortcut leads, with its norm or activation if it has one."""
     users = [user for user in v.users if not is_size(user)]
     if not users or v.op in ("get_attr", "output"):
         return None
     dependent = dependent_on(v)
     for node in later:
+        if node.op == "call_module" and node.target in adding and node.args[:1] == (v,):
+            return node if steps_between(v, node, dependent) is not None else None
         joins = role_of(node, modules) is Role.ADD and len(dependent.intersection(node.all_input_nodes)) > 1
         if joins and find_shortcut(v, node, modules) in ON_THE_WAY and steps_between(v, node, dependent) is not None:
             return _with_tail(node, modules)

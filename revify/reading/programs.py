@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -26,6 +27,7 @@ from revify.reading.additions import has_side_effects
 from revify.reading.chains import find_chains, steps_between
 from revify.reading.operations import Operation, Slot, execute, filled
 from revify.reading.own_code import Flags, Witness, changed_flag, has_generator, sizes_of
+from revify.reading.roles import find_shortcut
 from revify.reading.segments import argument_name, trace_children
 from revify.reading.tracing import meta_copy
 
@@ -168,10 +170,23 @@ def read_program(container: nn.Module, given: Collection[int | str]) -> Program 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if str(graph) != str(trace_children(bare.eval(), fixed)):
             return None  # the container asks for its mode, which a graph cannot
-    chains = find_chains(graph, dict(bare.named_modules()))
+    modules = dict(bare.named_modules())
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    chains = find_chains(graph, modules, {path for path, count in calls.items() if count > 1 and _adds(modules[path])})
     names = tuple(p.name for p in signature)
     arguments = dict(zip((n for n in graph.nodes if n.op == "placeholder"), map(argument_name, names), strict=True))
     return replace(_program(graph, chains, arguments, names, fixed), flags=witness.flags()) if chains else None
+
+
+def _adds(child: nn.Module) -> bool:
+    """Whether a module that is called several times adds to its first argument."""
+    parameters = list(inspect.signature(child.forward).parameters.values())
+    graph = trace_children(child, {p.name: p.default for p in parameters[1:] if p.default is not p.empty})
+    if graph is None or not parameters:
+        return False
+    x = next(node for node in graph.nodes if node.op == "placeholder")
+    y = next(node for node in graph.nodes if node.op == "output").args[0]
+    return find_shortcut(x, y, dict(child.named_modules())) is not None
 
 
 def _program(
