@@ -194,6 +194,46 @@ class PostNorm(Net):
         super().__init__(*(self.Block() for _ in range(4)))
 
 
+class DroppedSum(Net):
+    """The sum, not the branch, is dropped out."""
+
+    class Block(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(x + self.down(F.gelu(self.up(self.norm(x)))))
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+
+class BranchIsSubtracted(Net):
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - self.down(F.gelu(self.up(self.norm(x))))
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+
+class SumsByOtherNames(Net):
+    """lerp and addcmul."""
+
+    class Block(Mlp):
+        def __init__(self, way: int) -> None:
+            super().__init__()
+            self.way = way
+
+        def forward(self, x: Tensor) -> Tensor:
+            f = self.down(F.gelu(self.up(self.norm(x)))).to(x.dtype)
+            return torch.lerp(x, f, 0.3) if self.way == 0 else torch.addcmul(x, f, f)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block(i % 2) for i in range(4)))
+
+
 class NoParametersInBlocks(Net):
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -660,6 +700,9 @@ CONVERTIBLE: tuple[type[Net], ...] = (
     ChangesLayout,
     ScaledSkip,
     PostNorm,
+    DroppedSum,
+    BranchIsSubtracted,
+    SumsByOtherNames,
     NoParametersInBlocks,
     SharedModuleInBlock,
     SideInputsWithGradient,

@@ -33,6 +33,11 @@ class Role(Enum):
 
 
 ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+SUBTRACTIONS = frozenset({operator.sub, operator.isub, torch.sub, "sub", "sub_"})
+FROM_THE_FIRST = frozenset(
+    {torch.addcmul, torch.lerp, "addcmul", "lerp", "addcmul_", "lerp_"}
+)  # to their first argument
+DROPOUTS = frozenset({functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d})
 SCALINGS = frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_"})
 DIVISIONS = frozenset({operator.truediv, operator.itruediv, torch.div, "truediv", "div", "div_"})
 MOVES = frozenset(
@@ -58,7 +63,8 @@ ROLES: dict[Any, Role] = {  # by the target of a node: a function, or the name o
     **dict.fromkeys(SCALINGS | DIVISIONS, Role.SCALE),
     **dict.fromkeys(MOVES, Role.MOVE),
     **dict.fromkeys(NORMS, Role.NORMALISE),
-    **dict.fromkeys(ACTIVATIONS, Role.ACTIVATE),
+    **dict.fromkeys(ACTIVATIONS | DROPOUTS, Role.ACTIVATE),
+    **dict.fromkeys(SUBTRACTIONS | FROM_THE_FIRST, Role.ADD),
 }
 BEFORE_AN_ADDITION = {Role.ACTIVATE: Shortcut.POST_ACTIVATION, Role.NORMALISE: Shortcut.POST_NORM}
 WITHOUT_VALUES = {"size", "dim", "numel"}
@@ -83,7 +89,9 @@ def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | N
         seen.add((node, added))
         role = role_of(node, modules)
         operands = [n for n in node.all_input_nodes if n in dependent]
-        if role is Role.ADD:
+        if role is Role.ADD and node.target in FROM_THE_FIRST:
+            paths += [(n, True, max(found, Shortcut.SCALED, key=_weight)) for n in operands if n is node.args[0]]
+        elif role is Role.ADD:
             paths += [(n, True, found) for n in operands]
         elif role is Role.MOVE:
             paths += [(n, added, found) for n in operands]
@@ -131,6 +139,8 @@ def _module_role(module: nn.Module) -> Role:
     home = type(module).__module__
     if isinstance(module, nn.Identity | nn.Flatten | nn.Unflatten):
         return Role.MOVE
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return Role.ACTIVATE
     if isinstance(module, nn.MultiheadAttention):  # torch defines it among the activations
         return Role.OTHER
     if home == "torch.nn.modules.activation" or "activations" in home:
