@@ -41,7 +41,7 @@ def choose_stages(
         checkpoints: whether what lies outside of the stages is checkpointed.
     """
     axis = _Axis(observation, runs, checkpoints=checkpoints)
-    pieces = [_Piece(part, axis, planned(part)) for part in _parts(runs)]
+    pieces = [_Piece(part, axis, planned(part)) for part in parts_of(runs)]
     pieces.sort(key=lambda piece: (piece.start, piece.end))
     chosen = list(_best_way(pieces, axis))
     for run in sorted(runs, key=lambda run: -run.benefit):  # runs that interleave with the chosen ones
@@ -157,13 +157,10 @@ class _Piece:
         self.cost = cost.then(_Cost(-plan.saved_bytes, held, most, most))
 
 
-def _parts(runs: Sequence[Run]) -> list[Run]:
-    """All parts of the runs; of many, those that begin and end beside a block that has a run inside, or the runs alone."""
+def parts_of(runs: Sequence[Run]) -> list[Run]:
+    """The runs, and their parts that begin and end beside a block that has a run inside: elsewhere nothing is to be had."""
     wholes: list[Run] = [run for run in runs if isinstance(run, ContainerRun)]
     chains = [run for run in runs if isinstance(run, Stage)]
-    every = [run.part(a, b) for run in chains for a, b in combinations(range(len(run.spans) + 1), 2) if b - a > 1]
-    if len(every) <= MOST_PARTS:
-        return [*wholes, *every]
     parts: list[Stage] = []
     for run in chains:
         inner = {place for place, span in enumerate(run.spans) if any(_within(other, span) for other in runs)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,7 @@ from test_stages import runs_of
 from torch import nn
 
 import revify
-from revify.planning.stages import Stage
+from revify.planning.choosing import Run, parts_of
 from revify.plans import Plan
 
 
@@ -32,7 +31,7 @@ def groups(sizes: tuple[tuple[int, ...], ...]) -> zoo.BlocksInGroups:
     )
 
 
-def subsets(parts: list[Stage]) -> Iterator[tuple[Stage, ...]]:
+def subsets(parts: Sequence[Run]) -> Iterator[tuple[Run, ...]]:
     """Every set of parts of which no two overlap."""
     if not parts:
         yield ()
@@ -44,7 +43,7 @@ def subsets(parts: list[Stage]) -> Iterator[tuple[Stage, ...]]:
             yield (first, *others)
 
 
-def peak_with(plan: Plan, stages: tuple[Stage, ...]) -> int:
+def peak_with(plan: Plan, stages: tuple[Run, ...]) -> int:
     """What the plan would hold at most with other stages."""
     made = []
     for stage in sorted(stages, key=lambda stage: stage.start):
@@ -64,13 +63,7 @@ def test_no_other_choice_of_stages_has_a_lower_peak(seed: int) -> None:
     model = groups(sizes)
     bits = chance.choice((0, 4))
     plan = revify.plan(model, model.example(), bits=bits, transitions="keep")
-    parts = [
-        run.part(a, b)
-        for run in runs_of(model)
-        for a, b in itertools.combinations(range(len(run.blocks) + 1), 2)
-        if b - a > 1
-    ]
-    assert plan.predicted_bytes == min(peak_with(plan, stages) for stages in subsets(parts))
+    assert plan.predicted_bytes == min(peak_with(plan, stages) for stages in subsets(parts_of(runs_of(model))))
 
 
 def test_blocks_in_groups_are_three_stages_and_not_one_of_groups() -> None:
