@@ -123,6 +123,8 @@ class _Exchange:
             return made
         if type(value) in (list, tuple, set):
             return type(value)(self.moved(item, place) for item in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, such as a QConfig
+            return type(value)(*(self.moved(item, place) for item in value))
         if type(value) is dict:
             return {key: self.moved(item, place) for key, item in value.items()}
         return self._object(value, place)

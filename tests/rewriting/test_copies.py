@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import branch_nets
 import pytest
@@ -256,3 +256,19 @@ def test_weights_pruned_after_conversion() -> None:
     plain = revify.revert(model)
     assert plain.blocks[0].conv1.weight_orig is model.blocks[0].conv1.weight_orig
     assert float((plain.blocks[0].conv1.weight == 0).float().mean()) == 0.5
+
+
+class Configuration(NamedTuple):
+    """As torch's QConfig, which holds functions that close over the module that they are for."""
+
+    make: Callable[[], Any]
+    bits: int
+
+
+def test_a_named_tuple_that_reaches_the_model_speaks_of_the_copy() -> None:
+    model = zoo.PreNormBlocks()
+    model.settings = Configuration(lambda: model, 8)
+    made = revify.convert(model, model.example())
+    assert type(made.settings) is Configuration
+    assert made.settings.make() is made
+    assert model.settings.make() is model
