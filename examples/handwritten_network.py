@@ -1,7 +1,7 @@
-"""A network of one's own: residuals written into a loop are refused, and what to change is one line.
+"""A network of one's own: residual additions in the loop of the network, or within a module for each.
 
-revify replaces the forward of modules, so the addition must happen within a module: only then can the module's output
-be the next value of a stream.
+Both convert. Where torch.fx cannot follow the loop (it asks for values, or draws numbers), a module around each addition is
+what revify needs: its output is then the next value of the stream.
 """
 
 from __future__ import annotations
@@ -42,15 +42,13 @@ class Block(nn.Module):
 
 def main() -> None:
     tokens = torch.randn(2, 5, 16)
-    try:
-        revify.convert(Inline(), tokens)
-    except revify.RefusalError as refusal:
-        print(f"refused: {refusal}")
-
-    model = nn.Sequential(*(Block(16) for _ in range(6)))
-    converted = revify.convert(model, tokens)
-    converted(tokens).square().sum().backward()
-    print(f"converted: {len(converted.revify_plan.stages[0].blocks)} blocks in one stage")
+    for name, model in (
+        ("the loop in the network", Inline()),
+        ("a block around each addition", nn.Sequential(*(Block(16) for _ in range(6)))),
+    ):
+        converted = revify.convert(model, tokens)
+        converted(tokens).square().sum().backward()
+        print(f"{name}: {len(converted.revify_plan.stages[0].steps)} blocks in one stage")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ A run in which everything that autograd saves is dropped; what was made in it an
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revify.errors import RefusalError
 from revify.reading.tracing import Example, run_copy
 
 
@@ -40,10 +39,10 @@ class _Makers(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, int, str]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         outputs = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+        for storage in _storages(outputs):
+            if storage._cdata not in given:
                 reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                 self._made[storage._cdata] = reference, storage.nbytes(), self.block
         return outputs
@@ -64,11 +63,24 @@ def _watched(model: nn.Module, example: Example, paths: Collection[str]) -> dict
         module = model.get_submodule(path)
         module.register_forward_pre_hook(lambda *_, path=path: setattr(makers, "block", path))
         module.register_forward_hook(lambda *_: setattr(makers, "block", ""), always_call=True)
-    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, _unread), makers:
-        output = model(**example) if isinstance(example, dict) else model(*example)
-    returned = {t.untyped_storage()._cdata for t in tree_leaves(output) if isinstance(t, Tensor)}
-    return makers.alive(returned)
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, _unread), makers:
+            output = model(**example) if isinstance(example, dict) else model(*example)
+    except _BackwardWithinError:
+        return {}
+    return makers.alive({storage._cdata for storage in _storages(output)})
+
+
+class _BackwardWithinError(Exception):
+    """The model runs a backward of its own, which needs what this run drops: what it holds is not known then."""
 
 
 def _unread(kept: None) -> Tensor:
-    raise RefusalError("the model ran a backward within its forward; revify cannot analyse that.")
+    raise _BackwardWithinError
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages of the tensors among the values; sparse tensors have none of their own."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value.untyped_storage()

@@ -47,7 +47,7 @@ def test_modules_used_twice_are_used_twice_in_the_copy() -> None:
 
 def test_only_the_forward_of_planned_modules_is_replaced() -> None:
     model = zoo.TwoStages()
-    plan = revify.plan(model, model.example(), transitions="checkpoint")
+    plan = revify.plan(model, model.example(), transitions="checkpoint", step="recurrence")
     result = apply_plan(model, plan)
     replaced = {path: type(vars(m)["forward"]) for path, m in result.named_modules() if "forward" in vars(m)}
     expected: dict[str, type] = {path: Step for stage in zoo.TwoStages.STAGES for path in stage}
@@ -97,14 +97,15 @@ def test_parametrized_modules_are_converted() -> None:
     assert "blocks.0.up.parametrizations.weight.original" in dict(result.named_parameters())
 
 
+@pytest.mark.parametrize(("step", "bits"), [("recurrence", (0, 3)), ("coded", (2, 6))])
 @pytest.mark.parametrize("unit", ["block", "branch"])
-def test_other_bits_in_place_are_a_conversion_with_those_bits(unit: str) -> None:
+def test_other_bits_in_place_are_a_conversion_with_those_bits(unit: str, step: str, bits: tuple[int, int]) -> None:
     torch.manual_seed(0)
     plain = zoo.TwoAdditionsInABlock()
     x = inputs_of(plain)
-    model = revify.convert(plain, x, bits=0, unit=unit)
+    model = revify.convert(plain, x, bits=bits[0], unit=unit, step=step)
     parameters = list(model.parameters())
-    other = revify.convert(plain, x, bits=3, unit=unit)
+    other = revify.convert(plain, x, bits=bits[1], unit=unit, step=step)
     before = run(model, x)
     change_bits(model, other.revify_plan)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import revify
 
@@ -92,6 +93,7 @@ def layers_of_a_kind_have_a_common_class() -> None:
     assert isinstance(nn.ConvTranspose2d(1, 1, 1), nn.modules.conv._ConvNd)
     assert isinstance(nn.BatchNorm2d(1), nn.modules.batchnorm._NormBase)
     assert isinstance(nn.InstanceNorm2d(1), nn.modules.batchnorm._NormBase)
+    assert isinstance(nn.Dropout2d(), nn.modules.dropout._DropoutNd)
 
 
 def a_compiled_module_shows_it() -> None:
@@ -153,6 +155,21 @@ def accelerate_has_a_state_that_can_be_reset() -> None:
     assert callable(state.GradientState._reset_state)
 
 
+def a_mode_sees_every_operation() -> None:
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: object, types: object, args: object = (), kwargs: object = None
+        ) -> object:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(2).add_(1)
+    assert "aten.add_.Tensor" in seen
+
+
 RELIED_UPON: dict[str, Callable[[], None]] = {
     "_version": versions_count_changes_in_place,
     "_base": views_know_what_they_are_of,
@@ -165,8 +182,10 @@ RELIED_UPON: dict[str, Callable[[], None]] = {
     "_load_state_dict_pre_hooks": modules_hold_hooks_in_dictionaries,
     "_ConvNd": layers_of_a_kind_have_a_common_class,
     "_NormBase": layers_of_a_kind_have_a_common_class,
+    "_DropoutNd": layers_of_a_kind_have_a_common_class,
     "_compiled_call_impl": a_compiled_module_shows_it,
     "_pytree": trees_of_tensors_come_apart_and_together,
+    "_python_dispatch": a_mode_sees_every_operation,
     "_disable_dynamo": a_function_is_hidden_from_the_compiler_without_importing_it,
     "_torchdynamo_orig_callable": a_function_is_hidden_from_the_compiler_without_importing_it,
     "_functorch": transforms_and_traces_are_seen,
