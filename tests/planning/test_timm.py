@@ -45,7 +45,7 @@ def test_models(name: str, bits: int, autocast: torch.dtype | None) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     x = torch.randn(2, 3, size, size)
     converted = revify.convert(model, x, bits=bits, transitions="checkpoint")
-    assert_same_gradients(converted, [x], autocast=autocast)
+    assert_same_gradients(converted, [x], autocast=autocast, seed=4)
     plain = revify.revert(converted)
     assert_same(run(plain, [x]), run(model, [x]))
 
