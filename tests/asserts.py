@@ -83,6 +83,21 @@ def assert_same_gradients(
     return found
 
 
+def both_ways(model: nn.Module, steps: Callable[[], None]) -> None:
+    """Whatever `steps` do with the model, the parameters' gradients come out the same in both backwards."""
+    state = copy.deepcopy(model.state_dict())
+    outcomes = []
+    for plain in (True, False):
+        model.load_state_dict(state)
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(3)
+        with revify.plain_backward() if plain else nullcontext():
+            steps()
+        outcomes.append({**gradients(model), **{n: b.clone() for n, b in model.named_buffers()}})
+    assert any(g.any() for g in outcomes[0].values())
+    assert_same(outcomes[1], outcomes[0])
+
+
 def converted(kind: Callable[[], nn.Module], **options: object) -> nn.Module:
     """A converted network of the zoo, the same one at every call; of reversible steps where nothing else is said."""
     options = {"step": "recurrence", **options} if "streams" not in options else options

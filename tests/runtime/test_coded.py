@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import pytest
 import timm
 import torch
 import zoo
-from asserts import assert_same, assert_same_gradients, converted, gradients, inputs_of, run, weights_like
+from asserts import assert_same, assert_same_gradients, both_ways, converted, inputs_of, run, weights_like
 from ledger import Ledger
 from torch import Tensor, nn
 
@@ -106,20 +105,6 @@ def test_the_last_block_gives_back_what_the_codes_left_out() -> None:
 # What autograd may ask for
 
 
-def both(model: nn.Module, steps: Callable[[], None]) -> None:
-    outcomes = []
-    state = copy.deepcopy(model.state_dict())
-    for plain in (True, False):
-        model.load_state_dict(state)
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(3)
-        with revify.plain_backward() if plain else contextlib.nullcontext():
-            steps()
-        outcomes.append({**gradients(model), **{n: b.clone() for n, b in model.named_buffers()}})
-    assert any(g.any() for g in outcomes[0].values())
-    assert_same(outcomes[1], outcomes[0])
-
-
 @pytest.mark.parametrize("order", ["sum", "first in, last out", "first in, first out"])
 def test_two_forwards_before_backward(order: str) -> None:
     model = coded(zoo.DropoutAndDropPath, bits=4)
@@ -130,7 +115,7 @@ def test_two_forwards_before_backward(order: str) -> None:
         for loss in ((a + b,), (b, a), (a, b))[("sum", "first in, last out", "first in, first out").index(order)]:
             loss.backward()
 
-    both(model, steps)
+    both_ways(model, steps)
 
 
 def test_second_backward_and_gradients_of_blocks_in_the_middle_run_no_block_but_those_asked_for() -> None:
@@ -153,7 +138,7 @@ def test_second_backward_and_gradients_of_blocks_in_the_middle_run_no_block_but_
 def test_a_block_in_eval_mode_is_the_plain_block_and_saves_nothing(which: int) -> None:
     model = coded(zoo.DropoutAndDropPath)
     model.blocks[which].eval()
-    both(model, lambda: model(*inputs_of(model)).square().sum().backward())
+    both_ways(model, lambda: model(*inputs_of(model)).square().sum().backward())
 
 
 @pytest.mark.parametrize("frozen", [("stem",), ("stem", "blocks.0", "blocks.1"), ("stem", "blocks"), ("head",)])
@@ -161,7 +146,7 @@ def test_frozen_parts(frozen: tuple[str, ...]) -> None:
     model = coded(zoo.PreNormBlocks)
     for path in frozen:
         model.get_submodule(path).requires_grad_(False)
-    both(model, lambda: model(*inputs_of(model)).square().sum().backward())
+    both_ways(model, lambda: model(*inputs_of(model)).square().sum().backward())
 
 
 def test_blocks_that_are_skipped_repeated_and_called_in_another_order() -> None:
@@ -177,7 +162,7 @@ def test_blocks_that_are_skipped_repeated_and_called_in_another_order() -> None:
         return call
 
     for order in ((0, 2, 3), (1, 1, 1, 2), (3, 2, 1, 0), (0, 1), (2,)):
-        both(model, steps(order))
+        both_ways(model, steps(order))
 
 
 def test_something_between_the_blocks_costs_memory_and_nothing_else() -> None:
@@ -193,7 +178,7 @@ def test_something_between_the_blocks_costs_memory_and_nothing_else() -> None:
                 x.mul_(0.5)
         x.square().sum().backward()
 
-    both(model, steps)
+    both_ways(model, steps)
 
 
 def test_values_that_two_consumers_take() -> None:
@@ -204,7 +189,7 @@ def test_values_that_two_consumers_take() -> None:
         one, two = model.blocks[1](x), model.blocks[2](x)
         (model.blocks[3](one).sin() + two).square().sum().backward()
 
-    both(model, steps)
+    both_ways(model, steps)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

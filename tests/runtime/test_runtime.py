@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 import zoo
-from asserts import assert_same, assert_same_gradients, converted, gradients, inputs_of, run, weights_like
+from asserts import assert_same, assert_same_gradients, both_ways, converted, gradients, inputs_of, run, weights_like
 from torch import Tensor, nn
 
 import revify
@@ -118,21 +118,6 @@ def test_numbers_drawn_between_forward_and_backward_do_not_matter() -> None:
 
 
 # Several passes
-
-
-def both_ways(model: nn.Module, steps: Callable[[], None]) -> None:
-    """Whatever `steps` do with the model, the parameters' gradients come out the same in both backwards."""
-    state = copy.deepcopy(model.state_dict())
-    outcomes = []
-    for plain in (True, False):
-        model.load_state_dict(state)
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(3)
-        with revify.plain_backward() if plain else contextlib.nullcontext():
-            steps()
-        outcomes.append({**gradients(model), **{n: b.clone() for n, b in model.named_buffers()}})
-    assert any(g.any() for g in outcomes[0].values())
-    assert_same(outcomes[1], outcomes[0])
 
 
 @pytest.mark.parametrize("kind", [zoo.DropoutAndDropPath, zoo.PostActivationBatchNorm, zoo.TwoStages])
