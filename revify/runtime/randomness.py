@@ -1,9 +1,10 @@
 """The states of random number generators, kept so that many of them take little memory.
 
-The state of the CPU's generator has 5 kB, too much to be held for every block. So a block of a stage that trains draws from
-the generator as seeded with a number that follows from its state (`own_numbers`, in whatever way a backward comes), and
-only this seed is held. Elsewhere the states of one forward pass are held as one of them and what differs from it, which
-is little after a few numbers. On a GPU a state is a seed and an offset anyway.
+The state of the CPU's generator has 5 kB, too much to be held for every block. So what trains and runs twice, a block of a
+stage or a checkpoint outside of them, draws from the generator as seeded with a number that follows from its state
+(`own_numbers`, in whatever way a backward comes), and only this seed is held. Elsewhere the states of one forward pass
+are held as one of them and what differs from it, which is little after a few numbers. On a GPU a state is a seed and an
+offset anyway.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from revify.errors import StreamError
 from revify.runtime.fingerprints import checksum, comparable
 from revify.runtime.guards import Repeats
 from revify.runtime.links import Rider
-from revify.runtime.randomness import Draws
+from revify.runtime.randomness import Draws, own_numbers
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
 from revify.runtime.standing_in import StandIn
@@ -77,6 +77,10 @@ class Checkpointed(StandIn):
         self._habits = Habits()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
+        with own_numbers(draws=self.module.training):
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not saves_nothing(*args, *kwargs.values()):
             return self.plain(*args, **kwargs)
         section = self._section(args, kwargs)
