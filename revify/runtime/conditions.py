@@ -62,7 +62,8 @@ class Conditions:
         before = random_states(device)
         conditions = cls(State(module, habits), Settings.now(), autocast)
         conditions.random.update({p: KeptState(s) for p, s in before.items()})  # for a look inside while the body runs
-        yield conditions
+        with conditions.state.hooks.watched():
+            yield conditions
         after = random_states(device)
         conditions.random = {
             place: draws.keep(place, state) for place, state in before.items() if not torch.equal(state, after[place])

@@ -66,3 +66,11 @@ def version(tensor: Tensor) -> int:
 def without_graph(tensor: Tensor) -> Tensor:
     """The tensor as a leaf with a gradient: what holds on to it holds its values, not the graph that gave them."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def address(tensor: Tensor) -> int:
+    """Where the tensor's storage lies; 0 where it has none (sparse tensors, wrappers of other tensors)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0

@@ -26,7 +26,7 @@ from revify.runtime.catching import LIKELY_CAUSES, Catcher, EnoughError, refuse_
 from revify.runtime.conditions import Conditions
 from revify.runtime.fingerprints import Fingerprint
 from revify.runtime.randomness import Draws
-from revify.runtime.replay import SideInputs, version
+from revify.runtime.replay import SideInputs, address, version
 from revify.runtime.states import Habits
 
 
@@ -122,11 +122,11 @@ class Rerun:
         fingerprint = Fingerprint(whole_last=not self._seen)
         with Conditions.recorded(self._module, device, self._habits, self._draws) as self._conditions:
             parts = (*self._conditions.state.tensors, *self._side.tensors())
-            living = {_address(part) for part in parts} - {0}
+            living = {address(part) for part in parts} - {0}
 
             def drop(tensor: Tensor) -> Living | Placeholder:
                 index, self._saves = self._saves, self._saves + 1
-                if _address(tensor) in living:
+                if address(tensor) in living:
                     return Living(self.name, tensor, version(tensor))
                 if self._exact:
                     self._dropped.add(index)
@@ -228,11 +228,3 @@ def _own(name: str, kept: Tensor | None) -> Tensor:
             f"{name} ran a backward of its own when it was run again, and had not in its first run. {LIKELY_CAUSES}"
         )
     return kept
-
-
-def _address(tensor: Tensor) -> int:
-    """Where the tensor's storage lies; 0 where it has none (sparse tensors, wrappers of other tensors)."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0

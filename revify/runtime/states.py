@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from revify.runtime.fingerprints import comparable
+from revify.runtime.hooks import Hooks
 from revify.runtime.predictors import PREFIX
 from revify.runtime.replay import version, without_graph
 
@@ -82,11 +83,15 @@ class State:
     Args:
         module: the root of the tree.
         habits: of the module; what this run changes is added to them.
+
+    Attributes:
+        hooks: of the modules.
     """
 
     def __init__(self, module: nn.Module, habits: Habits) -> None:
         self._habits = habits
         self._parts = tuple(module.modules())
+        self.hooks = Hooks(self._parts)
         self._watched: dict[int, Watched] = {}
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         graphs: dict[int, Any] = {}
@@ -158,7 +163,8 @@ class State:
         try:
             for part, attributes in zip(self._parts, then, strict=True):
                 _give(part, attributes)
-            yield
+            with self.hooks.left_out(then):
+                yield
         finally:
             for part, attributes in zip(self._parts, now, strict=True):
                 _give(part, attributes)

@@ -86,6 +86,8 @@ def modules_hold_hooks_in_dictionaries() -> None:
         "_load_state_dict_post_hooks",
     ):
         assert len(getattr(module, name)) == 1, name
+    for name in ("_global_forward_pre_hooks", "_global_forward_hooks"):  # those for all modules
+        assert isinstance(vars(nn.modules.module)[name], dict), name
 
 
 def layers_of_a_kind_have_a_common_class() -> None:
