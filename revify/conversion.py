@@ -48,7 +48,7 @@ def plan(
             types matter. Without it, two images of the size in the model's timm configuration.
         method: what is asked for, as one record: one of `revify.presets`, or your own.
         options: the same as keywords, which go before those of `method`: predictor, bits, sign, unit, grid, transitions,
-            streams, coupling, step; see `Method`.
+            streams, coupling, step, stages; see `Method`.
 
     Returns:
         The plan: stages, what is checkpointed, refusals, saved bytes. It prints as a table.

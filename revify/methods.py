@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, get_args
 
@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     streams: Streams | None
     coupling: Callable[..., tuple[Tensor, ...]] | None
     step: StepName | None
+    stages: Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,8 @@ class Method:
         step: how a step can be undone: coded (the default) holds the code of each block's update and leaves eval mode
             the plain model; recurrence couples each value with the one before, and is flat at 0 bits. What only one of
             them knows chooses it: a predictor, a sign, a grid, images, and 0 or 1 bits mean recurrence.
+        stages: the paths of the modules that are to be blocks, or patterns of them such as blocks.*, each of which keeps
+            the shape of what it is given; by default those that are found.
         reference: where the method was published.
         differs: what the publication does that this does not, or the other way round.
 
@@ -92,6 +95,7 @@ class Method:
     streams: Streams = "full"
     coupling: Callable[..., tuple[Tensor, ...]] | None = None
     step: StepName | None = None
+    stages: Sequence[str] | None = None
     reference: str = ""
     differs: str = ""
 
@@ -166,6 +170,14 @@ class Method:
         return self.sign or ("balanced" if balances else "positive")
 
     def _check_values(self) -> None:
+        if self.stages is not None:
+            named = () if isinstance(self.stages, str) else tuple(self.stages)
+            if not named or not all(isinstance(name, str) and name for name in named):
+                raise RevifyError(
+                    f'stages={self.stages!r} names no modules: give a list of their paths, such as ["net.0", "net.1"], or '
+                    'patterns of them, ["net.*"].'
+                )
+            object.__setattr__(self, "stages", named)
         known = (*FIXED, *CALIBRATED, "auto")
         if self.predictor is not None and self.predictor not in known:
             raise RevifyError(f"predictor={self.predictor!r} is not known: choose one of {', '.join(known)}.")

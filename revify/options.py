@@ -131,7 +131,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_method(parser: argparse.ArgumentParser, title: str, names: Sequence[str]) -> None:
     group = parser.add_argument_group(title)
     for name in names:
-        add_field(group, _METHOD[name])
+        add_field(group, _METHOD[name], **({"nargs": "+"} if name == "stages" else {}))
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def block_faults(block: BlockPlan) -> Iterator[str]:
 
 def stage_faults(stage: StagePlan) -> Iterator[str]:
     """Faults of one stage."""
-    if len(stage.steps) < 2:
+    if stage.length < 2:
         yield "a stage has two steps at least"
     split = bool(stage.coupling)
     if split and not _COUPLING.fullmatch(stage.coupling):
@@ -50,6 +50,12 @@ def stage_faults(stage: StagePlan) -> Iterator[str]:
             yield "coded steps have no coupling and no predictor"
         if any(not 2 <= bits <= 8 for bits in stage.step_bits) or any(block.bits is not None for block in stage.blocks):
             yield "the codes of a stage have 2 to 8 bits, the same in every step"
+    elif stage.within is not None or any(block.calls > 1 for block in stage.blocks):
+        yield "only coded steps may have something between them, or be one module that is called several times"
+    if stage.within is None and any(block.calls > 1 for block in stage.blocks):
+        yield "where a block is called several times, the stage names the module in whose calls its blocks form a pass"
+    if stage.within is not None and any(block.steps != (block.path,) for block in stage.blocks):
+        yield "blocks with something between them are steps as a whole"
     if stage.predictor != "lowrank" and stage.rank:
         yield "only a low-rank predictor has a rank"
 

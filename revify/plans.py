@@ -101,7 +101,7 @@ class BlockPlan:
         path: of the module.
         kind: its class name.
         stream: which of its arguments is the stream, a position or a keyword.
-        shortcut: identity, scaled, post-activation or post-norm.
+        shortcut: identity, scaled, post-activation, post-norm; or none, where the block does not add to its input.
         saved_bytes: what autograd saves within it.
         branch_bytes: what autograd saves in each of its residual branches, if each of them is a step; else empty.
         inputs: which of its arguments are tensors, if its branches are run one by one.
@@ -113,6 +113,7 @@ class BlockPlan:
         run: where its own forward adds, in a loop over other modules, which run of its additions; None where the block as a
             whole is a step, or its branches are.
         inner: the paths of the modules that the steps of such a run call.
+        calls: how often it is called in one forward pass.
     """
 
     path: str
@@ -128,6 +129,7 @@ class BlockPlan:
     kept_bytes: Bytes = 0
     run: Annotated[int, Range(0, 2**16)] | None = None
     inner: tuple[str, ...] = ()
+    calls: Annotated[int, Range(1, 2**16)] = 1
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
@@ -169,6 +171,8 @@ class StagePlan:
         pattern: of balanced signs: + or - for each coupled step, begun anew where it is shorter than the stage.
         step: "coded", updates coded in `bits` bits, or "recurrence".
         copied: whether its output is handed on as a copy, since the model changes it in place.
+        within: where something lies between its blocks, so that each codes what it is given: the path of the module in
+            whose calls they form a pass; None where each block is given what the one before returned.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -186,6 +190,7 @@ class StagePlan:
     pattern: str = FORMERLY_BALANCED
     step: Annotated[str, Among(STEPS)] = "recurrence"
     copied: bool = False
+    within: str | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -208,7 +213,7 @@ class StagePlan:
         if self.coupling:
             return self.stream_bytes + kept
         if self.step == "coded":
-            code = code_bytes(self.shape, self.bits) * (len(self.steps) - 1)
+            code = code_bytes(self.shape, self.bits) * (self.length - 1)
             return math.prod(self.shape) * getattr(torch, self.dtype).itemsize + code + kept
         elements = self.stream_bytes // self.element_bytes
         values = (3 if self.copied else 2) * self.stream_bytes
@@ -233,11 +238,16 @@ class StagePlan:
         return f"{sum(coupled) / len(coupled):.2g} ({min(coupled)}–{max(coupled)})"
 
     @property
+    def length(self) -> int:
+        """How many steps one forward pass takes in it."""
+        return sum(len(block.steps) * block.calls for block in self.blocks)
+
+    @property
     def largest_block_bytes(self) -> int:
         """What one step saves at most while it runs again."""
         if self.coupling:
             return max(branch.saved_bytes for block in self.blocks for branch in block.split_branches)
-        return max(max(block.branch_bytes, default=block.saved_bytes) for block in self.blocks)
+        return max(max(block.branch_bytes, default=block.saved_bytes // block.calls) for block in self.blocks)
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -34,6 +34,8 @@ def draw_plan(plan: Plan) -> str:
 def _row(number: int, stage: StagePlan, plan: Plan) -> tuple[str, ...]:
     first, last = stage.blocks[0], stage.blocks[-1]
     cut = f", {len(stage.steps)} branches" if len(stage.steps) > len(stage.blocks) else ""
+    if stage.within is not None:
+        cut = f", {stage.length} calls, each codes its input"
     if stage.coupling:
         ways = Counter(half.how for block in stage.blocks for half in block.split_branches)
         cut = f", branches: {', '.join(f'{count} {way}' for way, count in ways.items())}"

@@ -610,6 +610,108 @@ LOOPS: dict[type[Net], tuple[int, ...]] = {
 }
 
 
+# Networks whose modules are steps, but not one on what the one before returned
+
+
+class PositionsBetweenTheBlocks(Net):
+    """Between two blocks the stream gets a position, a gate and dropout."""
+
+    APART = ("blocks.*",)
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp() for _ in range(4)))
+        self.position, self.gate = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            x = F.dropout(block(x) + number * self.position, 0.1, self.training) * self.gate(x).sigmoid()
+        return self.head(x.mean(1))
+
+
+class AxesSwappedBetweenTheBlocks(Net):
+    """Every other block sees the transposed stream: two shapes."""
+
+    APART = ("blocks.*",)
+
+    def __init__(self) -> None:
+        super().__init__(*(Mlp(width) for width in (6, 5, 6, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x).transpose(1, 2)
+        return self.head(x.mean(1))
+
+
+class LoopThatOnlyARunShows(Net):
+    """The loop adds, and asks for values, so that torch.fx cannot trace it."""
+
+    APART = ("blocks.*",)
+
+    def __init__(self) -> None:
+        super().__init__(*(branch() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x) if x.abs().sum() > 0 else x
+        return self.head(x.mean(1))
+
+
+class OneBlockAsOftenAsTheDataSay(Net):
+    """One block, its result in a tuple beside another, is called in a loop that torch.fx cannot trace."""
+
+    APART = ("blocks.0",)
+
+    class Block(Mlp):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y.mean((1, 2)), y
+
+    def __init__(self) -> None:
+        super().__init__(self.Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, means = self.stem(x), 0
+        for _ in range(4 if x.abs().sum() > 0 else 5):
+            mean, x = self.blocks[0](x * 0.9)
+            means = means + mean
+        return self.head(x.mean(1)) + means[:, None]
+
+
+class StreamIsQueryKeyAndValue(Net):
+    """The modules of the loop are given the stream three times, as attention is."""
+
+    APART = ("blocks.*",)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.mix(q), k, v)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x, x, x) if x.abs().sum() > 0 else x
+        return self.head(x.mean(1))
+
+
+APART: dict[type[Net], tuple[int, ...]] = {
+    PositionsBetweenTheBlocks: (4,),
+    AxesSwappedBetweenTheBlocks: (2, 2),
+    LoopThatOnlyARunShows: (4,),
+    OneBlockAsOftenAsTheDataSay: (4,),
+    StreamIsQueryKeyAndValue: (4,),
+}
+
+
 # Networks without a stage
 
 

@@ -39,6 +39,11 @@ class ResidualBlock:
     shortcut: Shortcut
     result: int | None = None
 
+    def continues(self, other: ResidualBlock) -> bool:
+        """Whether its stream is what the other returned, of the same shape and type."""
+        alike = (self.call.shape, self.call.dtype) == (other.call.shape, other.call.dtype)
+        return alike and self.stream.key == other.call.output
+
 
 def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Module]) -> tuple[ResidualBlock, ...]:
     """Every module of the model that is called once and adds to its input, at every depth of the module tree.
@@ -57,12 +62,12 @@ def find_blocks(observation: Observation, trace: Trace, modules: dict[str, nn.Mo
     blocks = []
     for call in observation.calls:
         if counts[call.path] == 1 and list(modules[call.path].children()):
-            found = [b for view in _views(call) for b in _blocks_of(view, call, trace)]
+            found = [b for view in views_of(call) for b in _blocks_of(view, call, trace)]
             blocks += sorted(found, key=lambda block: -math.prod(block.call.shape))[:1]
     return tuple(blocks)
 
 
-def _views(call: Call) -> list[tuple[int | None, Call]]:
+def views_of(call: Call) -> list[tuple[int | None, Call]]:
     """The call as one that returns one tensor: itself, or with each of its results for its output."""
     if call.output is not None:
         return [(None, call)]

@@ -32,7 +32,7 @@ def cut_blocks(plan: Plan, model: nn.Module, example: Example, observation: Obse
     """
     inputs = {call.path: tuple(i.argument for i in call.inputs) for call in observation.calls}
     cut: dict[str, tuple[Segment, ...]] = {}
-    for block in (block for stage in plan.stages for block in stage.blocks):
+    for block in (block for stage in plan.stages if stage.within is None for block in stage.blocks):
         if block.shortcut in ("identity", "scaled") and block.run is None:
             cut[block.path] = find_segments(model.get_submodule(block.path), block.stream, inputs[block.path])
     proven = prove(model, example, {path: segments for path, segments in cut.items() if segments})

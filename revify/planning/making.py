@@ -9,15 +9,16 @@ from torch import nn
 
 from revify.couplings.shipped import additive
 from revify.methods import Method
-from revify.planning.blocks import ResidualBlock, find_blocks
+from revify.planning.blocks import find_blocks
 from revify.planning.branching import cut_blocks
 from revify.planning.choosing import Run, choose_stages
 from revify.planning.containers import ContainerRun, find_containers
 from revify.planning.grids import choose_grids, with_grid
 from revify.planning.halving import split_stages
+from revify.planning.naming import find_named
 from revify.planning.refusals import find_refusals
 from revify.planning.repeating import add_checkpoints
-from revify.planning.stages import channel_axis, find_runs
+from revify.planning.stages import Stage, channel_axis, find_runs
 from revify.plans import BlockPlan, Plan, Refusal, StagePlan
 from revify.reading.draws import drawing, observe_passes
 from revify.reading.holding import watch_holdings
@@ -48,11 +49,15 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     def planned(run: Run) -> StagePlan:
         return _stage_plan(run, method, None, observation)
 
-    chains = find_runs(blocks, graph)
-    runs: tuple[Run, ...] = chains
-    if method.streams == "full" and not method.is_fitted:
-        runs = (*chains, *find_containers(model, example, observation, graph, chains))
-    stages = choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
+    coded = method.first_step == "coded"
+    if method.stages is not None:
+        stages: tuple[Run, ...] = find_named(method.stages, model, example, observation, graph, coded=coded)
+    else:
+        chains = find_runs(blocks, graph)
+        runs: tuple[Run, ...] = chains
+        if method.streams == "full" and not method.is_fitted:
+            runs = (*chains, *find_containers(model, example, observation, graph, chains))
+        stages = choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
     staged = [path for stage in stages for path in stage.paths]
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else None
@@ -111,7 +116,7 @@ def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[
 def _stage_plan(run: Run, method: Method, axis: int | None, observation: Observation) -> StagePlan:
     dtype = run.dtype if isinstance(run, ContainerRun) else run.blocks[0].call.dtype
     return StagePlan(
-        blocks=(_container_plan(run),) if isinstance(run, ContainerRun) else tuple(map(_block_plan, run.blocks)),
+        blocks=(_container_plan(run),) if isinstance(run, ContainerRun) else _block_plans(run),
         shape=run.shape,
         dtype=str(dtype).removeprefix("torch."),
         stream_bytes=run.stream_bytes,
@@ -122,14 +127,21 @@ def _stage_plan(run: Run, method: Method, axis: int | None, observation: Observa
         axis=axis,
         step=method.first_step,
         copied=not isinstance(run, ContainerRun) and run.blocks[-1].call.output in observation.passing,
+        within=None if isinstance(run, ContainerRun) else run.within,
     )
 
 
-def _block_plan(block: ResidualBlock) -> BlockPlan:
-    call = block.call
-    return BlockPlan(
-        call.path, call.kind, block.stream.argument, block.shortcut.value, call.saved_bytes, result=block.result
-    )
+def _block_plans(run: Stage) -> tuple[BlockPlan, ...]:
+    """The blocks of a run, each once."""
+    plans: dict[str, BlockPlan] = {}
+    for block in run.blocks:
+        call, known = block.call, plans.get(block.call.path)
+        argument, shortcut = block.stream.argument, block.shortcut.value
+        new = BlockPlan(call.path, call.kind, argument, shortcut, call.saved_bytes, result=block.result)
+        plans[call.path] = (
+            replace(known, saved_bytes=known.saved_bytes + call.saved_bytes, calls=known.calls + 1) if known else new
+        )
+    return tuple(plans.values())
 
 
 def _container_plan(run: ContainerRun) -> BlockPlan:

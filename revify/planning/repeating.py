@@ -53,7 +53,7 @@ def add_checkpoints(
         new = {path for checkpoint in found for path in checkpoint.paths} - tried
         if not new or not holds_data(model):
             break
-        different = _run_twice(model, example, new)
+        different = run_twice(model, example, new)
         tried |= new
         reasons |= different
         if not different:
@@ -62,7 +62,7 @@ def add_checkpoints(
     return replace(plan, checkpointed=found, refusals=(*plan.refusals, *left_out))
 
 
-def _run_twice(model: nn.Module, example: Example, paths: Collection[str]) -> dict[str, str]:
+def run_twice(model: nn.Module, example: Example, paths: Collection[str]) -> dict[str, str]:
     """Run a copy of the model, and modules of it twice; the reasons of those that differed, by path."""
     copied, found = copy_with_data(model), dict[str, str]()
     for path in paths:

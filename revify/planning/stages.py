@@ -6,13 +6,15 @@ Which of them are the stages is decided by what the whole plan would hold (`choo
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
 
 from revify.planning.blocks import ResidualBlock
+from revify.planning.refusals import parents
 from revify.reading.observing import Observation, ValueKey
 from revify.reading.tracing import Trace
 
@@ -27,9 +29,15 @@ class Spanning(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A run of at least two residual blocks of the same shape, in the order of their calls."""
+    """A run of at least two blocks of the same shape, in the order of their calls.
+
+    Args:
+        blocks: one for each call.
+        within: where something lies between them, the path of the module in whose calls they form a pass.
+    """
 
     blocks: tuple[ResidualBlock, ...]
+    within: str | None = None
 
     @property
     def stream_bytes(self) -> int:
@@ -82,7 +90,7 @@ class Stage:
 
     def part(self, first: int, last: int) -> Stage:
         """The blocks from the first up to, but without, the last."""
-        return Stage(self.blocks[first:last])
+        return Stage(self.blocks[first:last], self.within)
 
     def overlaps(self, other: Spanning) -> bool:
         """Whether a block of the one contains, or is, one of the other."""
@@ -111,6 +119,14 @@ def find_runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, .
         if len(run) > 1:
             runs.append(Stage(tuple(run)))
     return tuple(runs)
+
+
+def home_of(paths: Sequence[str], observation: Observation) -> str:
+    """The innermost module that all of these lie in, and that is called just once; "" for the model itself."""
+    counts = Counter(call.path for call in observation.calls)
+    above = [set(parents(path)) for path in paths]
+    common = [path for path in parents(paths[0]) if all(path in others for others in above)]
+    return next((path for path in reversed(common) if counts[path] == 1), "")
 
 
 def channel_axis(

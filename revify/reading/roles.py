@@ -19,6 +19,7 @@ class Shortcut(StrEnum):
     SCALED = "scaled"
     POST_ACTIVATION = "post-activation"
     POST_NORM = "post-norm"
+    NONE = "none"
 
 
 class Role(Enum):

@@ -19,6 +19,7 @@ from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
 from revify.reading.copying import HOOKS, copy_tree, exchange
 from revify.reading.programs import Part
+from revify.reading.roles import Shortcut
 from revify.reading.segments import Segment, find_segments
 from revify.rewriting.branches import chain_rule, make_branches
 from revify.rewriting.cutting import apply_cuts
@@ -26,6 +27,7 @@ from revify.rewriting.fitting import check_fits
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
 from revify.rewriting.programs import Programmed, programmed
 from revify.rewriting.replicas import Replicator
+from revify.runtime.apart import ApartStep, Opening
 from revify.runtime.coded import CodedRule, CodedStep
 from revify.runtime.grid import Grid
 from revify.runtime.halves import Chained
@@ -96,7 +98,11 @@ def change_bits(model: nn.Module, plan: Plan) -> None:
     """
     for stage in plan.stages:
         rule = _coded_rule(stage) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
-        for step in (step for block in stage.blocks for step in _steps(model.get_submodule(block.path), block)):
+        steps = [step for block in stage.blocks for step in _steps(model.get_submodule(block.path), block)]
+        opening = None if stage.within is None else vars(model.get_submodule(stage.within)).get("forward")
+        if isinstance(opening, Opening) and isinstance(rule, CodedRule):
+            opening.rules = tuple(rule if known is steps[0].rule else known for known in opening.rules)
+        for step in steps:
             step.rule = rule
     model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
 
@@ -165,6 +171,9 @@ def _install(
 
 def _install_coded(model: nn.Module, stage: StagePlan) -> None:
     rule = _coded_rule(stage)
+    if stage.within is not None:
+        _install_apart(model, stage, stage.within, rule)
+        return
     index = 0
     for block in stage.blocks:
         module = model.get_submodule(block.path)
@@ -175,6 +184,19 @@ def _install_coded(model: nn.Module, stage: StagePlan) -> None:
         )
         index += len(steps)
         _put(module, _standing_in(module, block, container, steps))
+
+
+def _install_apart(model: nn.Module, stage: StagePlan, within: str, rule: CodedRule) -> None:
+    """Coded steps with something between them, and what opens a pass for them."""
+    for index, block in enumerate(stage.blocks):
+        module = model.get_submodule(block.path)
+        adds = block.shortcut == Shortcut.IDENTITY
+        _put(module, ApartStep(module, rule, index, block.stream, result=block.result, adds=adds))
+    module = model.get_submodule(within)
+    known = vars(module).get("forward")
+    opening = known if isinstance(known, Opening) else Opening(module, within or "the forward of the model")
+    opening.rules = (*opening.rules, rule)
+    _put(module, opening)
 
 
 def _standing_in(

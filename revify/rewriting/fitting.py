@@ -20,6 +20,11 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     """
     modules = dict(model.named_modules())
     for stage in plan.stages:
+        if stage.within is not None and stage.within not in modules:
+            raise RefusalError(
+                f"{type(model).__name__}: the plan names the module {stage.within}, which the model does not have. The plan "
+                "was made for another architecture: make one with revify.plan(model)."
+            )
         for block in stage.blocks:
             for fault in _faults(stage, block, modules):
                 raise RefusalError(

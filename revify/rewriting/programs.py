@@ -9,10 +9,10 @@ from torch import nn
 from revify.errors import RefusalError
 from revify.plans import BlockPlan
 from revify.reading.programs import Part, Program, read_program
-from revify.runtime.standing_in import StandIn
+from revify.runtime.apart import Opening
 
 
-class Programmed(StandIn):
+class Programmed(Opening):
     """Stands in for the forward of a container: its operations, and steps where its plans have them.
 
     Args:
@@ -32,7 +32,7 @@ class Programmed(StandIn):
         other.runs = {run: tuple(step.on(module) for step in steps) for run, steps in self.runs.items()}
         return other
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: the container's own signature
+    def within(self, *args: Any, **kwargs: Any) -> Any:  # Any: the container's own signature
         """The program, with its steps."""
         return self.program(self.module, args, kwargs, self._step)
 
@@ -63,4 +63,7 @@ def programmed(container: nn.Module, block: BlockPlan) -> Programmed:
             f"the plan cuts the forward of {block.path or 'the model'} into {len(block.branch_bytes)} additions, but it has "
             f"{found}. The plan was made for another version of it: make one with revify.plan(model)."
         )
-    return Programmed(container, block.path or "the forward of the model", program)
+    made = Programmed(container, block.path or "the forward of the model", program)
+    if isinstance(known, Opening):
+        made.own, made.rules = known.own, known.rules
+    return made

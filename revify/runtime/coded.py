@@ -215,7 +215,8 @@ class CodedStep(StandIn):
         tape = link.tape if link is not None else None
         with own_numbers(draws=coded):
             if saves_nothing():
-                t, others, tape = self._recorded(x, side, tape, link, running)
+                origin = x if link is None else link.running.z
+                t, others, tape = self._recorded(x, side, tape, origin, running)
             else:
                 (t, others), tape = self._branch(x, *side[0], **side[1]), None
         drop_weight_copies(x.device)
@@ -236,12 +237,12 @@ class CodedStep(StandIn):
         return self.index + 1 == len(self.rule.names)
 
     def _recorded(
-        self, x: Tensor, side: tuple[Any, Any], tape: CodeTape | None, link: Link | None, running: Running | None
+        self, x: Tensor, side: tuple[Any, Any], tape: CodeTape | None, origin: Tensor, running: Running | None
     ) -> tuple[Tensor, tuple[Any, ...], CodeTape | None]:
         """T(x) and the other results, with nothing saved; the tape, None where there was nothing to save."""
         known = tape
         if tape is None:
-            tape = CodeTape(self.name, x if link is None else link.running.z, running, self.rule.bits)
+            tape = CodeTape(self.name, origin, running, self.rule.bits)
         kept = SideInputs.of(*without_views(side, x, x))
         rerun = Rerun(self.name, self._branch, self.module, kept, self._habits, tape.draws, seen=False)
         load = partial(tape.load, tape.position, Entry(rerun, x.dtype, x.requires_grad))
