@@ -44,7 +44,10 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     with drawing(passes.share):
         graph = follow(model, example)
     modules = dict(model.named_modules())
-    blocks = tuple(b for b in find_blocks(observation, graph, modules) if b.call.path not in passes.skipped)
+    fixed = (
+        frozenset() if method.first_step == "coded" else passes.skipped
+    )  # coded steps have no fixed order and number
+    blocks = tuple(b for b in find_blocks(observation, graph, modules) if b.call.path not in fixed)
 
     def planned(run: Run) -> StagePlan:
         return _stage_plan(run, method, None, observation)
@@ -72,7 +75,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
             for stage in stages
         ),
         checkpointed=(),
-        refusals=_explained(find_refusals(observation, graph, blocks, staged, modules), passes.skipped),
+        refusals=_explained(find_refusals(observation, graph, blocks, staged, modules), fixed),
         saved_bytes=observation.saved_bytes,
         traced=f"by a run, since torch.fx could not trace it: {graph.failure}" if graph.failure else "whole",
     )
@@ -109,7 +112,7 @@ def _with_holdings(plan: Plan, model: nn.Module, example: Example) -> Plan:
 def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[Refusal, ...]:
     """The refusals, with the reason of modules that not every forward pass calls."""
     reason = "is not called in every forward pass: random numbers decide about it (LayerDrop, stochastic depth of its caller)"
-    remedy = "set that probability to 0, or let the block itself return its input (DropPath)"
+    remedy = 'use step="coded", or set that probability to 0, or let the block itself return its input (DropPath)'
     return tuple(Refusal(r.path, reason, remedy) if r.path in skipped else r for r in refusals)
 
 

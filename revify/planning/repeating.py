@@ -22,7 +22,7 @@ from revify.plans import Plan, Refusal
 from revify.reading.draws import drawing
 from revify.reading.flows import device_of, holds_data, with_data
 from revify.reading.observing import Observation
-from revify.reading.tracing import Example, call_with, copy_with_data
+from revify.reading.tracing import Example, call_with, copy_with_data, tensors_of
 from revify.runtime.fingerprints import checksum, comparable
 from revify.runtime.replay import SideInputs
 from revify.runtime.reruns import Rerun
@@ -65,19 +65,28 @@ def add_checkpoints(
 def run_twice(model: nn.Module, example: Example, paths: Collection[str]) -> dict[str, str]:
     """Run a copy of the model, and modules of it twice; the reasons of those that differed, by path."""
     copied, found = copy_with_data(model), dict[str, str]()
+    given = with_data(example, device_of(model))
+    outer = tuple(tensors_of(given))
     for path in paths:
         module = copied.get_submodule(path)
-        module.forward = partial(_twice, module, module.forward, path, found)
+        module.forward = partial(_twice, module, module.forward, path, found, outer)
     with drawing(None), torch.no_grad():
-        call_with(copied, with_data(example, device_of(model)))
+        call_with(copied, given)
     return found
 
 
 def _twice(
-    module: nn.Module, forward: Any, path: str, found: dict[str, str], *args: Any, **kwargs: Any
+    module: nn.Module,
+    forward: Any,
+    path: str,
+    found: dict[str, str],
+    outer: tuple[Tensor, ...],
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:  # Any: the module's own signature
     """Run the module's forward twice; its first outputs, without a graph."""
-    side = SideInputs.of(*_with_gradients(args, kwargs))
+    side = SideInputs.of(*_with_gradients(args, kwargs, outer))
     run = partial(_on_copies, forward)
     rerun = Rerun(path, run, module, side)
     device = next((tensor.device for tensor in side.tensors()), torch.device("cpu"))
@@ -97,14 +106,17 @@ def _twice(
     return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
 
-def _with_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments as they are in training: what is no number of another kind has a gradient."""
-    given: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, _with_gradient, (args, kwargs))
+def _with_gradients(
+    args: tuple[Any, ...], kwargs: dict[str, Any], outer: tuple[Tensor, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as they are in training: what is no number of another kind, and no input of the model, has a gradient."""
+    plain = set(map(id, outer))
+
+    def with_gradient(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.is_floating_point() and id(tensor) not in plain)
+
+    given: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, with_gradient, (args, kwargs))
     return given
-
-
-def _with_gradient(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def _on_copies(forward: Any, *args: Any, **kwargs: Any) -> Any:
