@@ -20,6 +20,7 @@ from revify.errors import RefusalError, RevifyError
 from revify.methods import Method, Options
 from revify.planning.inputs import Example, check_model, example_inputs
 from revify.planning.making import make_plan
+from revify.planning.refusals import instead
 from revify.plans import Plan
 from revify.rewriting.applying import apply_plan, remove_plan
 from revify.tables import group_reasons
@@ -180,5 +181,5 @@ def _nothing_to_convert(model: nn.Module, plan: Plan) -> RefusalError:
     reasons = "; ".join(f"{paths}: {reason}" for reason, paths in list(group_reasons(plan.refusals).items())[:4])
     return RefusalError(
         f"{type(model).__name__} has no stage to convert: {reasons}. A stage is a run of at least two residual blocks of "
-        "the same shape. Use gradient checkpointing for this model, or a residual one."
+        f"the same shape. What to do: {instead(model.modules())}."
     )

@@ -129,7 +129,7 @@ def _stage_plan(run: Run, method: Method, axis: int | None, observation: Observa
         pattern=BALANCED,
         axis=axis,
         step=method.first_step,
-        copied=not isinstance(run, ContainerRun) and run.blocks[-1].call.output in observation.passing,
+        copied=isinstance(run, ContainerRun) or run.blocks[-1].call.output in observation.passing,
         within=None if isinstance(run, ContainerRun) else run.within,
     )
 

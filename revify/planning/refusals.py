@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from revify.planning.blocks import ResidualBlock
 from revify.plans import Refusal
 from revify.reading.observing import Call, Observation
 from revify.reading.roles import concatenates
 from revify.reading.tracing import Trace
+
+KEEP_BLOCKS = (
+    "it is, or holds, a torch.fx.GraphModule, in which the blocks have come apart: extract from the converted model instead, "
+    "create_feature_extractor(revify.convert(model, x), nodes), with nodes outside of the blocks, or keep the blocks whole, "
+    'create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules": [the class of the blocks]})'
+)
 
 
 def find_refusals(
@@ -39,8 +46,13 @@ def find_refusals(
             refused[call.path] = _explain(call, counts[call.path], residual.get(call.path), concatenates(within))
     if not inside and not refused:
         nothing = "no module adds its input to its output: there is no residual block in it"
-        refused[""] = Refusal("", nothing, "use gradient checkpointing")
+        refused[""] = Refusal("", nothing, instead(modules.values()))
     return tuple(refused.values())
+
+
+def instead(modules: Iterable[nn.Module]) -> str:
+    """What to do with a model of these modules that has no stage."""
+    return KEEP_BLOCKS if any(isinstance(module, GraphModule) for module in modules) else "use gradient checkpointing"
 
 
 def _in_sequence(call: Call, modules: dict[str, nn.Module]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asserts import assert_same, converted, gradients, inputs_of, run
+from asserts import assert_same, both_ways, converted, gradients, inputs_of, run
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -233,3 +233,36 @@ def test_a_block_replaced_after_conversion_is_named(number: int) -> None:
         return
     with pytest.raises(revify.StreamError, match=rf"or blocks.{number} was replaced by another module after the conv"):
         model(*x)
+
+
+# torchvision's create_feature_extractor, in either order
+
+
+@pytest.mark.parametrize("step", ["coded", "recurrence"])
+@pytest.mark.parametrize("order", ["convert, extract", "extract, convert", "extract whole blocks, convert"])
+def test_feature_extractors_train_to_the_bit(step: str, order: str) -> None:
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    models = pytest.importorskip("torchvision.models")
+    x, nodes = torch.randn(2, 3, 32, 32), ["conv1", "layer1", "layer3"]
+    torch.manual_seed(0)
+    net = models.ResNet(models.resnet.BasicBlock, [3, 3, 3, 2])
+    if order == "convert, extract":
+        model = extraction.create_feature_extractor(revify.convert(net, x, step=step), nodes)
+    else:
+        tracer = {"leaf_modules": [models.resnet.BasicBlock]} if "whole" in order else {}
+        model = revify.convert(extraction.create_feature_extractor(net, nodes, tracer_kwargs=tracer), x, step=step)
+    both_ways(model, lambda: sum(value.square().sum() for value in model(x).values()).backward())
+
+
+def test_an_extractor_without_a_stage_says_what_to_pass() -> None:
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    models = pytest.importorskip("torchvision.models")
+    x, net = torch.randn(2, 3, 32, 32), models.resnet18()
+    extractor = extraction.create_feature_extractor(net, ["layer4"])
+    with pytest.raises(revify.RefusalError, match=r"revify\.convert\(model, x\), nodes\).*leaf_modules"):
+        revify.convert(extractor, x)
+    assert "leaf_modules" in str(revify.plan(extractor, x).refusals[0].remedy)
+    kept = extraction.create_feature_extractor(
+        net, ["layer4"], tracer_kwargs={"leaf_modules": [models.resnet.BasicBlock]}
+    )
+    assert revify.plan(kept, x).stages
