@@ -234,6 +234,46 @@ class SumsByOtherNames(Net):
         super().__init__(*(self.Block(i % 2) for i in range(4)))
 
 
+class SumsBehindGates(Net):
+    """What is done to the sum depends on the input, too: gates before and behind it, a clamp, a mask."""
+
+    class Block(Mlp):
+        def __init__(self, way: int) -> None:
+            super().__init__()
+            self.way = way
+
+        def forward(self, x: Tensor) -> Tensor:
+            f, gate = self.down(F.gelu(self.up(self.norm(x)))), self.norm(x).sigmoid()
+            if self.way == 0:
+                return (f + x) * gate
+            if self.way == 1:
+                return f * gate + x * (1 - gate)
+            return (f + x).clamp(-2, 2) if self.way == 2 else torch.where(gate > 0.4, f + x, x)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block(i) for i in range(4)))
+
+
+class SumsOfStacks(Net):
+    """The sum or the mean of a stack, a constant taken off, and the sum made a tensor again."""
+
+    class Block(Mlp):
+        def __init__(self, way: int) -> None:
+            super().__init__()
+            self.way = way
+
+        def forward(self, x: Tensor) -> Tensor:
+            f = self.down(F.gelu(self.up(self.norm(x))))
+            if self.way == 0:
+                return torch.stack((f, x)).sum(0)
+            if self.way == 1:
+                return torch.stack([f, x], -1).mean(-1)
+            return f + x - 0.5 if self.way == 2 else torch.as_tensor(f + x)
+
+    def __init__(self) -> None:
+        super().__init__(*(self.Block(i) for i in range(4)))
+
+
 class NoParametersInBlocks(Net):
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -805,6 +845,8 @@ CONVERTIBLE: tuple[type[Net], ...] = (
     DroppedSum,
     BranchIsSubtracted,
     SumsByOtherNames,
+    SumsBehindGates,
+    SumsOfStacks,
     NoParametersInBlocks,
     SharedModuleInBlock,
     SideInputsWithGradient,

@@ -18,10 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revify.planning.refusals import parents
 from revify.planning.stages import Spanning, Stage
+from revify.reading.additions import count_additions
 from revify.reading.chains import FEWEST
 from revify.reading.observing import Call, Observation
 from revify.reading.programs import Part, Program, read_program
-from revify.reading.roles import Role, role_of
 from revify.reading.tracing import Example, Trace, meta_copy
 
 BLOCK_ADDITIONS = 4  # in a module that is a block of a run already: fewer are its attention and its MLP
@@ -106,7 +106,7 @@ def find_containers(
     }
     given |= {path: tuple(i.argument for i in call.inputs) for path, call in calls.items()}
     programs: dict[str, Program] = {}
-    for path, count in (_additions(graph) + _repeated(counts)).items():
+    for path, count in (count_additions(graph) + _repeated(counts)).items():
         if count >= (BLOCK_ADDITIONS if path in blocks else FEWEST) and counts[path] <= 1 and path in given:
             program = read_program(model.get_submodule(path), given[path])
             if program is not None:
@@ -134,15 +134,6 @@ def find_containers(
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _additions(graph: Trace) -> Counter[str]:
-    """How many additions each module does itself."""
-    found = Counter[str]()
-    for node in graph.graph.nodes if graph.graph is not None else ():
-        if node.op != "placeholder" and role_of(node, graph.modules) is Role.ADD and len(node.all_input_nodes) > 1:
-            found[next(reversed(node.meta.get("nn_module_stack") or {"": None}))] += 1
-    return found
 
 
 def _repeated(counts: Counter[str]) -> Counter[str]:

@@ -9,11 +9,13 @@ A graph may be that of one block, with its children as leaves, or that of the wh
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from revify.reading.roles import ADDITIONS, Role, Shortcut, dependent_on, find_shortcut, role_of, tells_no_values
+from revify.reading.tracing import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,15 @@ def find_joints(x: fx.Node, y: fx.Node, modules: dict[str, nn.Module]) -> tuple[
             return ()
         joints.append(Joint(joint.start, joint.addition, joint.branch, end, tail, Role.ACTIVATE in roles))
     return tuple(joints)
+
+
+def count_additions(trace: Trace) -> Counter[str]:
+    """How many additions each module does itself, by its path."""
+    found = Counter[str]()
+    for node in trace.graph.nodes if trace.graph is not None else ():
+        if node.op != "placeholder" and role_of(node, trace.modules) is Role.ADD and len(node.all_input_nodes) > 1:
+            found[next(reversed(node.meta.get("nn_module_stack") or {"": None}))] += 1
+    return found
 
 
 def find_ends(graph: fx.Graph, x: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:

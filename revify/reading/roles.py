@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from enum import Enum, StrEnum, auto
 from typing import Any
 
@@ -34,11 +33,20 @@ class Role(Enum):
 
 
 ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-SUBTRACTIONS = frozenset({operator.sub, operator.isub, torch.sub, "sub", "sub_"})
-FROM_THE_FIRST = frozenset(
-    {torch.addcmul, torch.lerp, "addcmul", "lerp", "addcmul_", "lerp_"}
-)  # to their first argument
-DROPOUTS = frozenset({functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d})
+SUBTRACTIONS = frozenset({operator.sub, operator.isub, torch.sub, torch.rsub, "sub", "sub_", "rsub"})
+FROM_THE_FIRST = frozenset(  # to their first argument
+    (
+        *(torch.addcmul, torch.addcdiv, torch.lerp, torch.addmm, torch.baddbmm),
+        *("addcmul", "addcdiv", "lerp", "addmm", "baddbmm", "addcmul_", "addcdiv_", "lerp_"),
+    )
+)
+SUMS = frozenset({torch.sum, torch.mean, "sum", "mean"})  # of what was stacked
+DROPOUTS = frozenset(
+    (
+        *(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, torch.dropout),
+        *(functional.alpha_dropout, functional.feature_alpha_dropout, "masked_fill", torch.masked_fill),
+    )
+)
 SCALINGS = frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_"})
 DIVISIONS = frozenset({operator.truediv, operator.itruediv, torch.div, "truediv", "div", "div_"})
 MOVES = frozenset(
@@ -47,18 +55,43 @@ MOVES = frozenset(
         *(torch.reshape, torch.flatten, "view", "reshape", "flatten", "unflatten", "contiguous"),
         *(torch.permute, torch.transpose, torch.movedim, torch.swapaxes, "permute", "transpose", "movedim", "swapaxes"),
         *(torch.squeeze, torch.unsqueeze, torch.roll, torch.narrow, "squeeze", "unsqueeze", "roll", "narrow"),
-        *(torch.cat, torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"),
-        *("to", "float", "type_as", "clone"),
+        *(
+            torch.cat,
+            torch.concat,
+            torch.concatenate,
+            torch.chunk,
+            torch.split,
+            torch.unbind,
+            "chunk",
+            "split",
+            "unbind",
+        ),
+        *(torch.stack, torch.as_tensor, torch.clone, torch.where, "where"),
+        *("to", "float", "half", "bfloat16", "double", "type", "type_as", "clone"),
     )
 )
 ACTIVATIONS = frozenset(
     (
         *(functional.relu, functional.relu_, functional.gelu, functional.silu, functional.leaky_relu),
-        *(functional.hardswish, torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
-        *("relu", "relu_", "sigmoid", "tanh"),
+        *(
+            functional.hardswish,
+            functional.hardtanh,
+            functional.relu6,
+            functional.elu,
+            functional.selu,
+            functional.mish,
+        ),
+        *(functional.softplus, functional.softsign, functional.prelu, functional.hardsigmoid, functional.tanh),
+        *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.nan_to_num),
+        *("relu", "relu_", "sigmoid", "tanh", "clamp", "clamp_", "nan_to_num"),
     )
 )
-NORMS = frozenset({functional.layer_norm, functional.batch_norm, functional.group_norm})
+NORMS = frozenset(
+    (
+        *(functional.layer_norm, functional.batch_norm, functional.group_norm, functional.instance_norm),
+        *(functional.rms_norm, functional.normalize),
+    )
+)
 ROLES: dict[Any, Role] = {  # by the target of a node: a function, or the name of a method of tensors
     **dict.fromkeys(ADDITIONS, Role.ADD),
     **dict.fromkeys(SCALINGS | DIVISIONS, Role.SCALE),
@@ -96,8 +129,10 @@ def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | N
             paths += [(n, True, found) for n in operands]
         elif role is Role.MOVE:
             paths += [(n, added, found) for n in operands]
-        elif role is Role.SCALE and len(operands) == 1 and (node.target in SCALINGS or operands[0] is node.args[0]):
-            paths.append((operands[0], added, max(found, Shortcut.SCALED, key=_weight)))
+        elif role is Role.SCALE:
+            gated = Shortcut.SCALED if len(operands) == 1 else Shortcut.POST_ACTIVATION  # by what follows from x, too
+            scaled = operands if node.target in SCALINGS else [n for n in operands if n is node.args[0]]
+            paths += [(n, added, max(found, gated, key=_weight)) for n in scaled]
         elif role in BEFORE_AN_ADDITION:
             paths += [(n, False, max(found, BEFORE_AN_ADDITION[role], key=_weight)) for n in operands[:1]]
     return None
@@ -127,6 +162,8 @@ def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> Role:
     """What a node does to values."""
     if node.op == "call_module":
         return _module_role(modules[str(node.target)])
+    if node.target in SUMS and node.args and getattr(node.args[0], "target", None) is torch.stack:
+        return Role.ADD
     if node.target in ROLES:
         return ROLES[node.target]
     return Role.MOVE if _is_timm_function(node.target) else Role.OTHER
@@ -154,6 +191,19 @@ def _is_timm_function(target: Any) -> bool:
     return callable(target) and getattr(target, "__module__", "").startswith("timm.")
 
 
-def concatenates(graphs: Iterable[fx.Node]) -> bool:
-    """Whether features are concatenated anywhere among the nodes."""
-    return any(node.target in (torch.cat, torch.concat) for node in graphs)
+def concatenates(x: Any, y: Any, modules: dict[str, nn.Module]) -> bool:
+    """Whether y is a concatenation of node x itself and something else."""
+    seen: set[tuple[fx.Node, bool]] = set()
+    paths = [(y, False)] if isinstance(y, fx.Node) else []
+    while paths:
+        node, joined = paths.pop()
+        if node is x and joined:
+            return True
+        if (node, joined) in seen or node is x:
+            continue
+        seen.add((node, joined))
+        role, operands = role_of(node, modules), node.all_input_nodes
+        if role in (Role.MOVE, *BEFORE_AN_ADDITION):
+            joins = node.target in (torch.cat, torch.concat, torch.concatenate) and len(operands) > 1
+            paths += [(n, joined or joins) for n in (operands if role is Role.MOVE else operands[:1])]
+    return False

@@ -93,7 +93,13 @@ def shortcut_in(function: Callable[[nn.Module, Tensor], Tensor]) -> Shortcut | N
         (lambda m, x: m.act(m.f(x)), None),
         (lambda m, x: m.f(x) + m.g(x), None),
         (lambda m, x: x * m.f(x), None),
-        (lambda m, x: x * m.f(x) + m.g(x), None),
+        (lambda m, x: x * m.f(x) + m.g(x), Shortcut.POST_ACTIVATION),  # a gate on the shortcut
+        (lambda m, x: (x + m.g(x)) * m.f(x), Shortcut.POST_ACTIVATION),
+        (lambda m, x: torch.stack((m.f(x), x)).sum(0), Shortcut.IDENTITY),
+        (lambda m, x: torch.stack((m.f(x), m.g(x))).sum(0), None),
+        (lambda m, x: torch.where(x > 0, x + m.f(x), x), Shortcut.IDENTITY),
+        (lambda m, x: torch.rsub(m.f(x), x), Shortcut.IDENTITY),
+        (lambda m, x: (x + m.f(x)).masked_fill(x > 0, 0.0), Shortcut.POST_ACTIVATION),
         (lambda m, x: torch.cat([x, m.f(x)], -1), None),
         (lambda m, x: m.f(x + m.f(x)), None),
         (lambda m, x: m.act(x) + m.f(x), None),
@@ -129,6 +135,57 @@ def test_refusals_give_the_reason(kind: type[zoo.Net], reason: str) -> None:
     assert f"{kind.__name__} has no stage to convert" in str(caught.value)
     assert reason in str(caught.value)
     assert "gradient checkpointing" in str(caught.value)
+
+
+class ConcatenatesWithin(zoo.NoShortcut):
+    """What is concatenated is mixed again: the width does not grow."""
+
+    class Block(zoo.Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.cat([self.norm(x), x], -1))
+
+    def __init__(self) -> None:
+        zoo.Net.__init__(self, *(self.Block() for _ in range(3)))
+
+
+class CallerAddsToOneValue(zoo.NoShortcut):
+    """Every branch is added to the same value: no stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + sum(block(x) for block in self.blocks)).mean(1))
+
+
+class LoopWithOtherShapes(zoo.NoShortcut):
+    """A block of a sequence adds three times itself, to values of other shapes, so it is no run of steps."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for number, part in enumerate(self.parts):
+                x = x + part(x[: 2 - number % 2].mean(0, keepdim=True)) if len(x) else x
+            return x
+
+    def __init__(self) -> None:
+        zoo.Net.__init__(self, self.Block(), nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ConcatenatesWithin, "no path of additions leads from its input to its output"),
+        (CallerAddsToOneValue, "does not add to its input: what it returns is a branch, which its caller may add"),
+        (LoopWithOtherShapes, "adds 3 times in its own forward, which cannot be cut into steps"),
+    ],
+)
+def test_the_reason_is_the_one_that_a_reader_of_the_source_finds(kind: type[zoo.Net], reason: str) -> None:
+    model = kind()
+    refusals = {r.path: r for r in revify.plan(model, model.example()).refusals}
+    assert refusals["blocks.0"].reason.startswith(reason)
+    assert "stages=[" in refusals["blocks.0"].remedy
 
 
 @pytest.mark.parametrize(

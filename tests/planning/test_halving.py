@@ -26,6 +26,7 @@ from revify.runtime.rewinding import Rewind
 EXACT = (additive, swapped, single, half, damped)
 REFUSED = {
     zoo.PostNorm: "a norm stands on its shortcut",
+    zoo.SumsBehindGates: "an activation stands on its shortcut",
     zoo.ReturnsTuples: "it returns several results",
     zoo.ChangesLayout: "no layer tells which axis of its stream holds the channels",
     zoo.NoParametersInBlocks: "no layer tells which axis of its stream holds the channels",

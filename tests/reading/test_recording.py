@@ -81,9 +81,10 @@ def test_nodes_know_their_modules() -> None:
     recorded = record(zoo.DenseConcat(), [torch.zeros(zoo.DenseConcat.SHAPE)], "for the test")
     assert recorded.graph is not None
     stacks = [(node, set(node.meta.get("nn_module_stack", ()))) for node in recorded.graph.nodes]
-    assert concatenates(node for node, stack in stacks if "blocks.0" in stack)
+    (call,), (stem,) = recorded.calls["blocks.0"], recorded.calls["stem"]
+    assert concatenates(call.given(0), call.output, recorded.modules)
     assert any("stem" in stack for _, stack in stacks)
-    assert not concatenates(node for node, stack in stacks if not any("blocks" in path for path in stack))
+    assert not concatenates(stem.given(0), call.output, recorded.modules)
 
 
 def test_model_stays_as_it_is() -> None:
