@@ -56,6 +56,27 @@ def test_a_copy_runs_its_own_branches(kind: type[zoo.Net]) -> None:
     assert_same_gradients(other, inputs_of(other))
 
 
+class ChangesTheLastValue(zoo.ResidualsInALoop):
+    """What the last addition gives is changed in place before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.act(x).mean(1))
+
+
+@pytest.mark.parametrize("step", ["coded", "recurrence"])
+def test_a_change_in_place_after_the_last_addition(step: str) -> None:
+    model = converted(ChangesTheLastValue, step=step)
+    assert model.revify_plan.stages
+    assert_same_gradients(model, inputs_of(model))
+
+
 def test_batches_of_other_sizes() -> None:
     model = converted(zoo.LoopWithSideInputs)
     assert_same_gradients(model, [torch.randn(5, 5, 6)])
