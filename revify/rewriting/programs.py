@@ -32,6 +32,11 @@ class Programmed(Opening):
         other.runs = {run: tuple(step.on(module) for step in steps) for run, steps in self.runs.items()}
         return other
 
+    @property
+    def plain_in_eval(self) -> bool:
+        """Whether a container in eval mode is run as it was: as its steps say."""
+        return all(step.plain_in_eval for steps in self.runs.values() for step in steps)
+
     def within(self, *args: Any, **kwargs: Any) -> Any:  # Any: the container's own signature
         """The program, with its steps."""
         return self.program(self.module, args, kwargs, self._step)

@@ -75,6 +75,11 @@ class Opening(StandIn):
         super().__init__(module, name)
         self.rules: tuple[CodedRule, ...] = ()
 
+    @property
+    def plain_in_eval(self) -> bool:
+        """Whether a module in eval mode is run as it was: yes, then no step of it is coded."""
+        return True
+
     def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
         with _opened(self.rules):
             return self.within(*args, **kwargs)

@@ -233,6 +233,11 @@ class CodedStep(StandIn):
         return link if link.version == version(x) else None
 
     @property
+    def plain_in_eval(self) -> bool:
+        """Whether a block in eval mode is run as it was: yes."""
+        return True
+
+    @property
     def _last(self) -> bool:
         return self.index + 1 == len(self.rule.names)
 

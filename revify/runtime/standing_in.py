@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self
 from torch import nn
 
 from revify.errors import RefusalError
-from revify.runtime.torch_internals import hidden_from_compiler, is_exporting
+from revify.runtime.torch_internals import hidden_from_compiler, is_exporting, refused_export
 
 
 class StandIn:
@@ -31,12 +31,17 @@ class StandIn:
         self.own: Callable[..., Any] | None = vars(module).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
+        if is_exporting():
+            return self._exported(*args, **kwargs)
         tracer = next((t for a in (*args, *kwargs.values()) if (t := getattr(a, "tracer", None)) is not None), None)
         if tracer is not None:  # torch.fx reads the model: it sees a leaf, which runs as ever in what it makes
             return tracer.create_proxy("call_module", tracer.path_of_module(self.module), args, kwargs)
-        if is_exporting():
-            return self.run(*args, **kwargs)
         return self._hidden(*args, **kwargs)
+
+    @property
+    def plain_in_eval(self) -> bool:
+        """Whether a module in eval mode is run as it was."""
+        return False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward as the plan has it."""
@@ -51,6 +56,19 @@ class StandIn:
         other = copy.copy(self)
         other.module = module
         return other
+
+    def _exported(self, *args: Any, **kwargs: Any) -> Any:
+        """What goes into a graph that torch makes of the model."""
+        if self.plain_in_eval and not self.module.training:
+            return self.plain(*args, **kwargs)
+        way = refused_export()
+        if way:
+            other = way.replace("True", "false").replace("False", "True").replace("false", "False")
+            raise RefusalError(
+                f"{self.name}: {way} cannot read this block of a converted model. Call {other}, or export the plain model, "
+                "revify.revert(model)."
+            )
+        return self.run(*args, **kwargs)
 
     @hidden_from_compiler
     def _hidden(self, *args: Any, **kwargs: Any) -> Any:

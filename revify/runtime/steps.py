@@ -83,6 +83,11 @@ class Step(StandIn):
             return visible
         return (*others[: self.result], visible, *others[self.result :])
 
+    @property
+    def plain_in_eval(self) -> bool:
+        """Whether a block in eval mode is run as it was: with random signs."""
+        return self.rule.sign == "random"
+
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """T alone, under ordinary autograd; if the next block trains (some are frozen), its stream begins anew."""
         x, _ = split_stream(self.stream, self.name, args, kwargs)
@@ -205,6 +210,11 @@ class Steps(StandIn):
         other = super().on(module)
         other.steps = tuple(step.on(module) for step in self.steps)  # type: ignore[assignment]  # of the same kind
         return other
+
+    @property
+    def plain_in_eval(self) -> bool:
+        """Whether a block in eval mode is run as it was: as its steps say."""
+        return self.steps[0].plain_in_eval
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:  # Any: side inputs of every type pass through
         """All steps."""

@@ -16,7 +16,14 @@ def is_autocast(device_type: str) -> bool:
 
 def is_exporting() -> bool:
     """Whether torch reads the model into a graph: by torch.export, torch.jit.trace or a way to ONNX through these."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing()
+    return torch.compiler._is_exporting_flag or torch._C._is_tracing()  # torch 2.8's is_exporting() is true in compile, too
+
+
+def refused_export() -> str:
+    """The way of reading a model that is under way and cannot follow what rides on a tensor; empty for all others."""
+    if torch.compiler._is_exporting_flag:
+        return "torch.export(strict=True)" if torch.compiler.is_dynamo_compiling() else ""
+    return "torch.onnx.export(dynamo=False)" if torch.onnx.is_in_onnx_export() else ""
 
 
 def is_transforming() -> bool:

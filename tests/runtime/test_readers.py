@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,13 @@ from torch.func import functional_call
 import revify
 
 KINDS = [zoo.PreNormBlocks, zoo.PostActivationBatchNorm, zoo.TwoStages, zoo.ReturnsTuples, zoo.SideInputsWithGradient]
-OPTIONS: list[dict[str, Any]] = [{"bits": 2}, {"bits": 0, "unit": "branch"}, {"streams": "split"}]
+OPTIONS: list[dict[str, Any]] = [
+    {"bits": 2},
+    {"bits": 0, "unit": "branch"},
+    {"streams": "split"},
+    {"step": "coded"},
+    {"step": "coded", "unit": "branch"},
+]
 
 
 @pytest.fixture
@@ -30,8 +37,13 @@ def model_and_input(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[Te
 
 every_kind = pytest.mark.parametrize(
     "model_and_input",
-    [(kind, options) for kind in KINDS[:3] for options in OPTIONS] + [(kind, OPTIONS[0]) for kind in KINDS[3:]],
+    [(kind, options) for kind in KINDS[:3] for options in OPTIONS[:3]]
+    + [(kind, OPTIONS[0]) for kind in KINDS[3:]]
+    + [(zoo.TwoStages, options) for options in OPTIONS[3:]],
     indirect=True,
+)
+every_step = pytest.mark.parametrize(
+    "model_and_input", [(zoo.PreNormBlocks, options) for options in OPTIONS], indirect=True
 )
 
 
@@ -55,6 +67,48 @@ def test_exports_in_eval_mode_give_the_same_values(model_and_input: Any) -> None
             assert torch.equal(torch.export.export(model, x, strict=False).module()(*x), expected)
     with torch.no_grad():
         assert torch.equal(torch.jit.trace(model, x)(*x), expected)
+
+
+@every_step
+def test_a_strict_export_of_plain_blocks_works_and_that_of_others_ends_in_a_sentence(model_and_input: Any) -> None:
+    model, x = model_and_input
+    for training in (False, True):
+        model.train(training)
+        if not training and {stage.step for stage in model.revify_plan.stages} == {"coded"}:
+            assert torch.equal(torch.export.export(model, x, strict=True).module()(*x), model(*x))
+        else:
+            with pytest.raises(Exception, match=r"cannot read this block .* Call torch.export\(strict=False\), or export"):
+                torch.export.export(model, x, strict=True)
+
+
+@every_step
+def test_exports_in_training_mode_have_what_training_does(model_and_input: Any) -> None:
+    model, x = model_and_input
+    for part in model.modules():
+        part.train(not isinstance(part, nn.Dropout))
+    with torch.no_grad():
+        graphs = torch.export.export(model, x, strict=False).module(), torch.jit.trace(model, x, check_trace=False)
+        expected = model(*x)
+        assert all(torch.equal(graph(*x), expected) for graph in graphs)
+
+
+@every_step
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_gives_the_same_values_or_a_sentence(model_and_input: Any, dynamo: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript" if dynamo else "onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = model_and_input
+    model.eval()
+    path = tmp_path / "model.onnx"
+    if not dynamo and {stage.step for stage in model.revify_plan.stages} != {"coded"}:
+        with pytest.raises(revify.RefusalError, match=r"Call torch.onnx.export\(dynamo=True\), or export the plain model"):
+            torch.onnx.export(model, x, path, dynamo=False)
+        return
+    torch.onnx.export(model, x, path, dynamo=dynamo)
+    session = onnxruntime.InferenceSession(path)
+    given = {wanted.name: value.numpy() for wanted, value in zip(session.get_inputs(), x, strict=True)}
+    (found,) = session.run(None, given)
+    torch.testing.assert_close(torch.from_numpy(found), model(*x).detach(), rtol=1e-5, atol=1e-5)  # other kernels
 
 
 @every_kind

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import revify
+from revify.runtime.settings import OLDER
 
 PACKAGE = Path(revify.__file__).parent
 
@@ -137,7 +138,24 @@ def transforms_and_traces_are_seen() -> None:
     assert torch._C._is_tracing() is False
 
 
+def an_export_raises_a_flag() -> None:
+    seen: list[bool] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.compiler._is_exporting_flag)
+            return x
+
+    torch.export.export(Looks(), (torch.ones(1),), strict=False)
+    torch.compile(Looks(), backend="eager")(torch.ones(1))
+    assert set(seen[:-1]) == {True}
+    assert seen[-1] is torch.compiler._is_exporting_flag is False
+
+
 def precisions_are_read_and_written() -> None:
+    if not hasattr(torch._C, "_get_fp32_precision_getter"):  # added after torch 2.8
+        assert all(hasattr(torch._C, f"{kind}_{name}") for kind in ("_get", "_set") for name in OLDER)
+        return
     now = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
     torch._C._set_fp32_precision_setter("mkldnn", "matmul", now)
     assert torch._C._get_fp32_precision_getter("mkldnn", "matmul") == now
@@ -194,6 +212,7 @@ RELIED_UPON: dict[str, Callable[[], None]] = {
     "_is_tracing": transforms_and_traces_are_seen,
     "_get_fp32_precision_getter": precisions_are_read_and_written,
     "_set_fp32_precision_setter": precisions_are_read_and_written,
+    "_is_exporting_flag": an_export_raises_a_flag,
     "_cache": parametrized_weights_are_cached_in_the_module,
     "_cache_enabled": parametrized_weights_are_cached_in_the_module,
     "_shared_state": accelerate_has_a_state_that_can_be_reset,
