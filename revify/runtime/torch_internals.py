@@ -16,7 +16,9 @@ def is_autocast(device_type: str) -> bool:
 
 def is_exporting() -> bool:
     """Whether torch reads the model into a graph: by torch.export, torch.jit.trace or a way to ONNX through these."""
-    return torch.compiler._is_exporting_flag or torch._C._is_tracing()  # torch 2.8's is_exporting() is true in compile, too
+    return (
+        torch.compiler._is_exporting_flag or torch._C._is_tracing()
+    )  # torch 2.8's is_exporting() is true in compile, too
 
 
 def refused_export() -> str:
