@@ -3,7 +3,8 @@
     python benchmarks/finetuning.py [--subjects resnet20 resnet56 vit_small] [--seeds 0 1 2] [--threads 2]
 
 CIFAR-10 ResNets of ../shared/data learn images that were stored as poor JPEG files, on which they are some twenty points
-worse at first; the ViT-S learns five kinds of flowers. Every method sees the same images in the same order for each seed.
+worse at first; the ViT-S learns five kinds of flowers; text and convnext are those of subjects.py. Every method sees the
+same images in the same order for each seed.
 Arrows are schedules: the predictors are fitted again on the way, with other bits; at 4 bits the model is nearly the plain
 one, so that little changes when it is reverted. Accuracy converted and after `revert`; memory of one step (exact); the
 median step time (of runs one after the other, so compare with care).
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
+import subjects
 import timm.scheduler
 import torch
 from common import RESULTS, Results
@@ -74,6 +76,7 @@ class Method:
         grid: resolution; what blows up needs room, which a coarser grid has.
         tolerance: relative error of the output, for "auto" bits.
         ridge: the least one of the fits.
+        coded: updates coded in so many bits, which need no predictor.
     """
 
     predictor: str | None = None
@@ -84,12 +87,15 @@ class Method:
     grid: int = 10
     tolerance: float = 0.2
     ridge: float = RIDGE
+    coded: bool = False
 
     def prepare(self, subject: Subject) -> nn.Module:
         """The model to train."""
         model, images = subject.create(), subject.train[0]
         if self.checkpointed:
             checkpoint_blocks(model, revify.plan(model, images[:2]))
+        if self.coded:
+            return revify.convert(model, images[:2], bits=int(self.bits))
         if self.predictor is None:
             return model
         if self.predictor not in CALIBRATED:
@@ -116,6 +122,9 @@ CALIBRATED = ("linear", "diagonal", "auto")
 METHODS = {
     "plain": Method(),
     "checkpointed": Method(checkpointed=True),
+    "coded, 8 bits": Method(bits=8, coded=True),
+    "coded, 6 bits": Method(bits=6, coded=True),
+    "coded, 4 bits": Method(bits=4, coded=True),
     "identity, 4 bits": Method("identity", 4, sign="balanced"),
     "identity, 3 bits": Method("identity", 3, sign="balanced"),
     "linear, 2 bits": Method("linear", 2),
@@ -222,10 +231,38 @@ def vit_subject(size: int = 70) -> Subject:
     )
 
 
+def text_subject() -> Subject:
+    """The transformer of subjects.py on Python's help."""
+    train, test = subjects.help_pages()
+    return Subject(
+        create=subjects.reader,
+        train=train,
+        test=test,
+        augment=lambda texts, _: texts,
+        optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=3e-4, weight_decay=0.05),
+        batch=16,
+        epochs=2,
+    )
+
+
+def convnext_subject() -> Subject:
+    """The ConvNeXt of subjects.py on JPEG images."""
+    clean = cifar10("train", 10_000)
+    return Subject(
+        create=lambda: subjects.convnext(*clean),
+        train=cifar_jpeg("train", 4000),
+        test=cifar_jpeg("test", 2500),
+        augment=crops,
+        optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=5e-4, weight_decay=0.05),
+    )
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "resnet20": lambda: cifar_subject(20, 4000, 5000),
     "resnet56": lambda: replace(cifar_subject(56, 1920, 2500), epochs=2),
     "vit_small": vit_subject,
+    "text": text_subject,
+    "convnext": convnext_subject,
 }
 
 
@@ -249,7 +286,8 @@ def finetune(model: nn.Module, method: Method, subject: Subject, seed: int) -> t
                 if len(seconds) == int(share * steps):
                     model = method.refit(model, subject, bits).train()
             start = time.perf_counter()
-            loss = functional.cross_entropy(model(subject.augment(images[rows], generator)), labels[rows])
+            logits = model(subject.augment(images[rows], generator))
+            loss = functional.cross_entropy(logits, labels[rows].flatten())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -263,7 +301,7 @@ def peak(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.train()
 
     def forward() -> Tensor:
-        return functional.cross_entropy(model(images), labels)
+        return functional.cross_entropy(model(images), labels.flatten())
 
     forward().backward()
     return count_memory(forward, images.device).peak / 2**20
@@ -321,8 +359,8 @@ def judge(model: nn.Module, subject: Subject) -> tuple[float, float]:
     images, labels = subject.test
     with torch.no_grad():
         logits = torch.cat([model(part) for part in images.split(250)])
-    found = (logits.argmax(1) == labels).double().mean()
-    return float(found), float(functional.cross_entropy(logits, labels))
+    found = (logits.argmax(1) == labels.flatten()).double().mean()
+    return float(found), float(functional.cross_entropy(logits, labels.flatten()))
 
 
 def step_memory(subject: Subject, key: str) -> float:

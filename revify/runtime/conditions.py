@@ -89,7 +89,7 @@ def drop_weight_copies(device: torch.device) -> None:
 
     What runs again makes its copies anew, so nobody needs them; of a transformer they are a third of what is held in
     forward. Ordinary autograd on the same model must let go of them, too: where a weight is used in two places, its
-    gradient is summed in another precision.
+    gradient is summed in another precision. Without gradients nobody holds them for long, and later calls may use them.
     """
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type) and torch.is_grad_enabled():
         torch.clear_autocast_cache()

@@ -1,11 +1,10 @@
 """Numbers that say whether a second run gave the bits of the first: of one tensor, and of all that autograd saved.
 
-A checksum sees the values' bits as a table of 32-bit integers. Each column is summed up with two sets of odd pseudo-random
-weights of the rows, modulo 2^32, and once more from the upper halves of the integers alone; these sums are added up with odd
-pseudo-random weights of 64 bits. One changed integer always changes the sums of its column, since an odd weight has an
-inverse. Changes of several (flips, swaps, permutations) that know nothing of the weights cancel with a probability of about
-2^-32: the upper halves are there for changes of the topmost bits alone (two values that change their sign), which weights
-modulo 2^32 hardly tell apart.
+A checksum sees the values' bits as a table of 32-bit integers. Each row and each column is summed up modulo 2^32, and these
+sums are added up with odd pseudo-random weights of 64 bits, those of the rows twice. One changed integer always changes
+the number: W d + 2 V d is no multiple of 2^32 for any odd W and any d that is none. Of two changes (a flip and its
+opposite, a swap) the sums of a row or of a column see at least one, so that they cancel with a probability of about 2^-32,
+and so do permutations; what no sum sees are four changes of the same size at the corners of a rectangle, two of each sign.
 
 Nothing here reads a number from a device: what is compared stays there until the end of the backward.
 """
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 COLUMNS = 256
-ROWS = 512  # at a time, so that the upper halves take little memory; what came before is multiplied by FACTOR
-FACTOR = -1640531535
+ROWS = 4096  # that have weights of their own; of more, each so many are first added up
 FEW = 1024  # elements, up to which a saved tensor is taken as a whole
 SAMPLE = 256  # elements of a larger one
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
@@ -122,32 +120,27 @@ def _integers(flat: Tensor) -> Tensor:
 
 
 def _sum(integers: Tensor) -> Tensor:
-    rows, columns = _weights(integers.device)
-    sums = torch.zeros(4, COLUMNS, dtype=torch.int32, device=integers.device)
-    for first in range(0, integers.numel(), ROWS * COLUMNS):
-        part = integers[first : first + ROWS * COLUMNS]
-        if part.numel() % COLUMNS:
-            part = nn.functional.pad(part, (0, -part.numel() % COLUMNS))
-        table = part.view(-1, COLUMNS)
-        own = rows[:, : len(table)]
-        if first:
-            sums *= FACTOR
-        sums[:2] += _weighted(own, table)
-        sums[2:] += _weighted(own, table >> 16)
-    return (sums * columns).sum()
+    ends = integers.numel() // COLUMNS * COLUMNS
+    table = integers[:ends].view(-1, COLUMNS)
+    columns, rows = table.sum(0, dtype=torch.int32), table.sum(1, dtype=torch.int32)
+    if ends < integers.numel():
+        rest = nn.functional.pad(integers[ends:], (0, COLUMNS - integers.numel() + ends))
+        columns, rows = columns + rest, torch.cat([rows, rest.sum(0, True, dtype=torch.int32)])
+    of_columns, of_rows, of_thousands = _weights(integers.device)
+    return (columns * of_columns).sum() + 2 * _weighted(rows, of_rows, of_thousands)
 
 
-def _weighted(weights: Tensor, table: Tensor) -> Tensor:
-    """weights @ table, which not every device has for integers."""
-    if table.device.type == "cpu":
-        return weights @ table
-    return torch.stack([(own.unsqueeze(1) * table).sum(0, dtype=torch.int32) for own in weights])
+def _weighted(rows: Tensor, weights: Tensor, of_thousands: Tensor) -> Tensor:
+    if len(rows) <= ROWS:
+        return (rows * weights[: len(rows)]).sum()
+    thousands = nn.functional.pad(rows, (0, -len(rows) % ROWS)).view(-1, ROWS)
+    return ((thousands * weights).sum(1) * of_thousands[: len(thousands)]).sum()
 
 
 @lru_cache(maxsize=16)
-def _weights(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Odd pseudo-random numbers, always the same: of 32 bits for the rows, of 64 for the columns."""
+def _weights(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Odd pseudo-random numbers of 64 bits, always the same: for the columns, the rows, and each ROWS rows."""
     generator = torch.Generator().manual_seed(20_241)
-    rows = torch.randint(-(2**31), 2**31, (2, ROWS), generator=generator, dtype=torch.int64).to(torch.int32)
-    high, low = torch.randint(-(2**31), 2**31, (2, 4, COLUMNS), generator=generator, dtype=torch.int64)
-    return (rows | 1).to(device), ((high << 32) ^ low | 1).to(device)
+    high, low = torch.randint(-(2**31), 2**31, (2, COLUMNS + 2 * ROWS), generator=generator, dtype=torch.int64)
+    columns, rows, thousands = ((high << 32) ^ low | 1).to(device).split([COLUMNS, ROWS, ROWS])
+    return columns, rows, thousands

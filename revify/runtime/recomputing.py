@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from revify.errors import StreamError
+from revify.runtime.conditions import drop_weight_copies
 from revify.runtime.fingerprints import checksum, comparable
 from revify.runtime.guards import Repeats
 from revify.runtime.links import Rider
@@ -77,15 +78,16 @@ class Checkpointed(StandIn):
         self._habits = Habits()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
+        values = (*args, *kwargs.values())
         with own_numbers(draws=self.module.training):
-            return self._run(*args, **kwargs)
+            output = self._recorded(args, kwargs) if saves_nothing(*values) else self.plain(*args, **kwargs)
+        drop_weight_copies(next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu")))
+        return output
 
     def _exported(self, *args: Any, **kwargs: Any) -> Any:
         return self.plain(*args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if not saves_nothing(*args, *kwargs.values()):
-            return self.plain(*args, **kwargs)
+    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         section = self._section(args, kwargs)
         if section is None and self.joins:  # the module before it was replaced, or left out: nobody keeps its input
             return self.plain(*args, **kwargs)

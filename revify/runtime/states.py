@@ -2,8 +2,8 @@
 
 A second run finds all of it again: the very tensors of the first run (whatever stands in their places by then), and the
 value before the first run of those that it changed (running statistics, a codebook written through `.data`). What
-the second run changes is gone afterwards: while it goes on, each module has another `__dict__`, with scratch copies of
-what the first run changed.
+the second run changes is gone afterwards: modules that the first run changed have another `__dict__` while it goes on, with
+scratch copies, and the others are put back to what they were.
 
 A copy is made of what a run may change before it runs, and kept if it did; by value, since writing through `.data` counts
 nowhere, and observers count what changes nothing. That would be dear for large weights, so of those only what a module
@@ -12,7 +12,6 @@ is known to change is copied; everything is copied once, in a module's first run
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +23,9 @@ from torch import Tensor, nn
 from revify.runtime.fingerprints import comparable
 from revify.runtime.hooks import Hooks
 from revify.runtime.predictors import PREFIX
-from revify.runtime.replay import version, without_graph
+from revify.runtime.replay import version
+from revify.runtime.trees import Tree
 
-CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))
-KEPT = (Tensor, torch.Generator)
-PLAIN = frozenset((bool, int, float, str, type(None), tuple))
-MANY = 256  # entries, beyond which a plain container is left as it is
 SMALL = 4096  # elements, up to which a tensor is copied before every run
 WRITES_ONLY = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # their statistics, while training
 
@@ -43,10 +39,12 @@ class Habits:
     Args:
         changed: where the tensors are that some run changed.
         known: whether there was a run yet that looked at everything.
+        tree: the module tree as it was in the last run, None where that run changed it.
     """
 
     changed: set[Place] = field(default_factory=set)
     known: bool = False
+    tree: Tree | None = None
 
 
 @dataclass(slots=True)
@@ -90,23 +88,18 @@ class State:
 
     def __init__(self, module: nn.Module, habits: Habits) -> None:
         self._habits = habits
-        self._parts = tuple(module.modules())
-        self.hooks = Hooks(self._parts)
+        known = habits.tree
+        self._tree = known if known is not None and known.root is module and known.same() else Tree(module)
+        self.hooks = Hooks(self._tree.hooked)
         self._watched: dict[int, Watched] = {}
         self._generators: list[tuple[torch.Generator, Tensor]] = []
-        graphs: dict[int, Any] = {}
-        self._attributes: list[dict[str, Any]] = []
-        for index, part in enumerate(self._parts):
-            written = part.training and type(part).forward in WRITES_ONLY
-            attributes, found = _apart(vars(part))
-            self._attributes.append(attributes)
-            for name, key, item in found:
+        for index, part in enumerate(self._tree.parts):
+            written = bool(part.found) and part.module.training and part.kind.forward in WRITES_ONLY
+            for name, key, item in part.found:
                 if isinstance(item, Tensor):
-                    own = item if item.is_leaf else graphs.setdefault(id(item), without_graph(item))
-                    self._watch(own, (index, name, key), written=written and name == "_buffers")
+                    self._watch(item, (index, name, key), written=written and name == "_buffers")
                 else:
                     self._generators.append((item, item.get_state()))
-        self._attributes = _exchange(self._attributes, graphs) if graphs else self._attributes
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -141,6 +134,7 @@ class State:
                 watched.version = now
         self._generators = [(g, state) for g, state in self._generators if not torch.equal(state, g.get_state())]
         self._habits.known = True
+        self._habits.tree = self._tree if self._tree.same() else None  # which holds nothing but what the modules hold
 
     def _differs(self, watched: Watched) -> bool:
         """Whether the run changed values without counting; on another device only the first run of all waits to know."""
@@ -158,16 +152,8 @@ class State:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Let the body run the module as it was; on leaving, everything is as it was before."""
-        then = _exchange(self._attributes, self._scratch())
-        now = [vars(part) for part in self._parts]
-        try:
-            for part, attributes in zip(self._parts, then, strict=True):
-                _give(part, attributes)
-            with self.hooks.left_out(then):
-                yield
-        finally:
-            for part, attributes in zip(self._parts, now, strict=True):
-                _give(part, attributes)
+        with self._tree.again(self._scratch()) as attributes, self.hooks.left_out(attributes):
+            yield
 
     def _scratch(self) -> dict[int, Any]:
         """What takes the place of tensors and generators, by their identity."""
@@ -190,42 +176,3 @@ class State:
             others[id(generator)] = torch.Generator(generator.device)
             others[id(generator)].set_state(state)
         return others
-
-
-Found = tuple[str, object, Any]  # a tensor or a generator: in which attribute, where in it, itself
-
-
-def _apart(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[Found]]:  # Any: attributes are of every type
-    """The attributes of a module, with plain containers of their own, and the tensors and generators among them."""
-    own = dict(attributes)
-    found: list[Found] = []
-    for name, value in attributes.items():
-        kind = type(value)
-        if kind in CONTAINERS:
-            if not value and kind is not defaultdict:
-                own[name] = kind()
-            elif len(value) <= MANY:
-                own[name] = value.copy()
-                if name != "_modules" and kind is not set:
-                    items = value.items() if isinstance(value, dict) else enumerate(value)
-                    found += [(name, key, item) for key, item in items if isinstance(item, KEPT)]
-        elif kind not in PLAIN and isinstance(value, KEPT):
-            found.append((name, None, value))
-    return own, found
-
-
-def _exchange(attributes: list[dict[str, Any]], others: dict[int, Any]) -> list[dict[str, Any]]:
-    """The attributes once more, with others in the places of some tensors and generators, by their identity."""
-    copies = []
-    for own, found in map(_apart, attributes):
-        for name, key, item in found if others else ():
-            if id(item) in others and item is own[name]:
-                own[name] = others[id(item)]
-            elif id(item) in others:
-                own[name][key] = others[id(item)]
-        copies.append(own)
-    return copies
-
-
-def _give(part: nn.Module, attributes: dict[str, Any]) -> None:
-    object.__setattr__(part, "__dict__", attributes)

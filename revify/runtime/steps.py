@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revify.runtime.arguments import pick_stream, split_stream, with_stream
 from revify.runtime.coded import CodedStep
+from revify.runtime.conditions import drop_weight_copies
 from revify.runtime.fingerprints import checksum
 from revify.runtime.grid import Gap, Join, OnGrid, Resume, Sign, balanced_sign, random_signs, stream_dtype
 from revify.runtime.links import Link, leave_link, take_link
@@ -72,6 +73,7 @@ class Step(StandIn):
         branch_dtype = stream_dtype(x.dtype) if is_autocast(x.device.type) else x.dtype
         kept = without_views(side, x, z) if older is not None else side
         value, others = self._step(tape, z, older, side, kept, branch_dtype)
+        drop_weight_copies(x.device)
         visible = value.to(branch_dtype)
         if self.index + 1 < len(self.rule.names):
             newest = None if visible is value else value
