@@ -16,6 +16,7 @@ from torch import nn
 from revify.runtime.randomness import Draws, KeptSeed, KeptState, random_numbers, random_states
 from revify.runtime.settings import Settings
 from revify.runtime.states import Habits, State
+from revify.runtime.torch_internals import is_autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +92,5 @@ def drop_weight_copies(device: torch.device) -> None:
     forward. Ordinary autograd on the same model must let go of them, too: where a weight is used in two places, its
     gradient is summed in another precision. Without gradients nobody holds them for long, and later calls may use them.
     """
-    if torch.is_autocast_enabled(device.type) and torch.is_grad_enabled():
+    if is_autocast(device.type) and torch.is_grad_enabled():
         torch.clear_autocast_cache()
