@@ -10,6 +10,7 @@ from torch import Tensor
 
 from revify.runtime.layers import Layer
 from revify.runtime.reruns import Rerun
+from revify.runtime.turns import Turn, current_turn, own_turn
 
 SAMPLES = 256  # of each stream, to measure the drift
 
@@ -37,9 +38,20 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Stands in a graph for a value of a layer's program."""
+    """Stands in a graph for a value of a layer's program.
 
-    load: Callable[[], Tensor]
+    Args:
+        had_again: gives it, in a turn of its own.
+        turn: in which the layer ran.
+    """
+
+    had_again: Callable[[], Tensor]
+    turn: Turn | None = field(default_factory=current_turn)
+
+    def load(self) -> Tensor:
+        """The value."""
+        with own_turn(self.turn):
+            return self.had_again()
 
 
 def sample(stream: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from revify.runtime.torch_internals import is_exporting
+from revify.runtime.turns import own_turn
 
 FEW = 64  # differing bytes, up to which a state is kept as what differs
 
@@ -85,14 +86,15 @@ def own_numbers(*, draws: bool) -> Iterator[None]:
     if not draws or is_exporting():
         yield
         return
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(_seed_from(before))
-    seeded = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        if torch.equal(torch.get_rng_state(), seeded):
-            torch.set_rng_state(before)
+    with own_turn():
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(_seed_from(before))
+        seeded = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            if torch.equal(torch.get_rng_state(), seeded):
+                torch.set_rng_state(before)
 
 
 def _seed_from(state: Tensor) -> int:

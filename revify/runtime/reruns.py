@@ -28,6 +28,7 @@ from revify.runtime.fingerprints import Fingerprint
 from revify.runtime.randomness import Draws
 from revify.runtime.replay import SideInputs, address, version
 from revify.runtime.states import Habits
+from revify.runtime.turns import Turn, current_turn, own_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Rerun:
         self._fingerprint: dict[torch.device, Tensor] = {}
         self._caught: dict[int, tuple[Tensor, int]] = {}
         self._running: Callable[[], Any] | None = None  # the first run, while it goes on
+        self._turn: Turn | None = None  # in which the first run was
         self._reads_itself = False  # whether a backward of its own asked for what it had saved
 
     def first(self, call: Callable[[], Any], device: torch.device, load: Callable[[], None]) -> Any:
@@ -119,6 +121,11 @@ class Rerun:
         Returns:
             What `call` returns.
         """
+        with own_turn():
+            self._turn = current_turn()
+            return self._first(call, device, load)
+
+    def _first(self, call: Callable[[], Any], device: torch.device, load: Callable[[], None]) -> Any:
         fingerprint = Fingerprint(whole_last=not self._seen)
         with Conditions.recorded(self._module, device, self._habits, self._draws) as self._conditions:
             parts = (*self._conditions.state.tensors, *self._side.tensors())
@@ -155,6 +162,10 @@ class Rerun:
         Returns:
             What the module returned, None where it is not needed.
         """
+        with own_turn(self._turn):
+            return self._again(*values, catch=catch, outputs=outputs)
+
+    def _again(self, *values: Tensor, catch: bool, outputs: bool) -> Any:
         assert self._conditions is not None  # `first` comes first: an invariant, not a check of user input
         moved = self._conditions.state.moved()
         args, kwargs = self._side.again()
@@ -184,9 +195,12 @@ class Rerun:
 
     def fetch(self, placeholder: Placeholder) -> Tensor:
         """The tensor that the placeholder stands for."""
-        if placeholder.index not in self._caught:
-            (placeholder.load if self._running is None else self._look_inside)()
-        tensor, before = self._caught.pop(placeholder.index)
+        caught = self._caught.pop(placeholder.index, None)
+        if caught is None:
+            with own_turn(self._turn):
+                (placeholder.load if self._running is None else self._look_inside)()
+                caught = self._caught.pop(placeholder.index)
+        tensor, before = caught
         if version(tensor) != before:
             raise StreamError(
                 f"{self.name}: a tensor of shape {tuple(tensor.shape)} that its backward needs was changed in place "
