@@ -15,8 +15,8 @@ from revify.runtime.states import Watched
 
 LIKELY_CAUSES = (
     "Likely causes: a non-deterministic kernel (torch.use_deterministic_algorithms(True) finds it), random numbers "
-    "that revify does not repeat (Python's, numpy's, those that another thread draws at the same time: train in processes then), a state "
-    "outside of the module's own attributes, weights changed through .data between forward and backward."
+    "that revify does not repeat (Python's, numpy's, those that another thread draws at the same time: train in processes "
+    "then), a state outside of the module's own attributes, weights changed through .data between forward and backward."
 )
 
 

@@ -208,7 +208,7 @@ def test_waiting_without_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     thread = threading.Thread(target=hold)
     thread.start()
     begun.wait()
-    with pytest.raises(revify.StreamError, match="another thread .* for 0.05 seconds"):
+    with pytest.raises(revify.StreamError, match=r"another thread .* for 0\.05 seconds"):
         model(torch.ones(model.SHAPE))
     done.set()
     thread.join()
