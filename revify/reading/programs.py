@@ -28,7 +28,7 @@ from revify.reading.chains import find_chains, steps_between
 from revify.reading.operations import Operation, Slot, execute, filled
 from revify.reading.own_code import Flags, Witness, changed_flag, has_generator, sizes_of
 from revify.reading.roles import find_shortcut
-from revify.reading.segments import argument_name, trace_children
+from revify.reading.segments import argument_name, refuse_missing, trace_children
 from revify.reading.tracing import meta_copy
 
 
@@ -142,6 +142,7 @@ class Program:
                     f"its argument {name} is {type(value).__name__}, and was {default!r} when the forward was cut into "
                     "steps. Plan with an example that passes it."
                 )
+        refuse_missing(self.parameters, given)
         return {argument_name(name): value for name, value in given.items()}
 
 

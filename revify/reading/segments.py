@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -57,6 +57,7 @@ class Segment:
                     f"its argument {name} is {type(value).__name__}, and was {default!r} when the block was cut into "
                     'its branches. Plan with an example that passes it, or with unit="block".'
                 )
+        refuse_missing(self.parameters, given.keys() | self.fixed.keys())
         changed = changed_flag(block, self.flags)
         if changed is not None:
             raise StreamError(
@@ -262,6 +263,20 @@ def _operations(
 def _out_of_place(node: fx.Node, start: fx.Node) -> Any:
     """`x += branch(x)` would change the stream, which the segment before it gave: add instead."""
     return operator.add if node.target is operator.iadd and node.args[0] is start else node.target
+
+
+def refuse_missing(parameters: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a call without an argument that was a tensor when the module was cut.
+
+    Raises:
+        StreamError: one of the parameters is not known.
+    """
+    missing = next((name for name in parameters if name not in known), None)
+    if missing is not None:
+        raise StreamError(
+            f"its argument {missing} is missing, and was a tensor when the module was cut into steps. Pass it, or plan with "
+            "an example that leaves it out."
+        )
 
 
 def argument_name(name: str) -> str:

@@ -347,3 +347,9 @@ def test_segments_that_give_other_values_are_not_used() -> None:
     assert prove(model, model.example(), right) == set(paths)
     wrong = {path: (segments[0], segments[0]) for path, segments in right.items()}
     assert prove(model, model.example(), wrong) == set()
+
+
+def test_an_argument_that_was_a_tensor_and_is_missing() -> None:
+    model = cut(Masked)
+    with pytest.raises(revify.StreamError, match=r"its argument mask is missing, and was a tensor"):
+        model.blocks[0](torch.randn(2, 5, WIDTH))

@@ -95,6 +95,13 @@ def test_an_argument_that_was_a_default() -> None:
         model.blocks[0](torch.randn(2, 5, 6), mask=torch.ones(5, 1), scale=1.0)
 
 
+@pytest.mark.parametrize("step", ["coded", "recurrence"])
+def test_an_argument_that_was_a_tensor_and_is_missing(step: str) -> None:
+    model = converted(zoo.LoopWithSideInputs, step=step)
+    with pytest.raises(revify.StreamError, match=r"its argument mask is missing, and was a tensor"):
+        model.blocks[0](torch.randn(2, 5, 6))
+
+
 def test_a_plan_for_another_forward_is_refused() -> None:
     model = zoo.ResidualsInALoop()
     plan = revify.plan(model, model.example())
