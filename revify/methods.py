@@ -14,6 +14,7 @@ from revify.words import (
     MAX_GRID,
     SHORT_GRID,
     SIGNS,
+    Guard,
     PredictorName,
     SignName,
     StepName,
@@ -41,6 +42,7 @@ class Options(TypedDict, total=False):
     coupling: Callable[..., tuple[Tensor, ...]] | None
     step: StepName | None
     stages: Sequence[str] | None
+    guard: Guard | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,9 @@ class Method:
             them knows chooses it: a predictor, a sign, a grid, images, and 0 or 1 bits mean recurrence.
         stages: the paths of the modules that are to be blocks, or patterns of them such as blocks.*, each of which keeps
             the shape of what it is given; by default those that are found.
+        guard: in what a second run must repeat the first: bits (the default), so that gradients which are not those of
+            ordinary autograd are an error; or shapes, for kernels that do not repeat to the bit (cudnn.benchmark, atomic
+            additions). Coded steps only: their stream is exact all the same, and gradients differ by what kernels differ.
         reference: where the method was published.
         differs: what the publication does that this does not, or the other way round.
 
@@ -96,6 +101,7 @@ class Method:
     coupling: Callable[..., tuple[Tensor, ...]] | None = None
     step: StepName | None = None
     stages: Sequence[str] | None = None
+    guard: Guard = "bits"
     reference: str = ""
     differs: str = ""
 
@@ -109,6 +115,11 @@ class Method:
             self._check_fitted()
         if self.step == "coded":
             self._check_coded()
+        if self.guard == "shapes" and self.first_step != "coded":
+            raise RevifyError(
+                'guard="shapes" is for coded steps: a recurrence has its stream from what runs again, so that what does not '
+                'repeat to the bit would spoil it. Use step="coded".'
+            )
 
     @classmethod
     def of(cls, method: Method | None = None, **options: Unpack[Options]) -> Method:
@@ -193,7 +204,13 @@ class Method:
             )
         if self.sign is not None and self.sign not in SIGNS:
             raise RevifyError(f"sign={self.sign!r} is not known: choose one of {', '.join(SIGNS)}.")
-        choices = {"unit": Unit, "transitions": Transitions, "streams": Streams, "step": StepName}
+        choices = {
+            "unit": Unit,
+            "transitions": Transitions,
+            "streams": Streams,
+            "step": StepName,
+            "guard": Guard,
+        }
         for name, words in choices.items():
             if getattr(self, name) not in (*get_args(words), None):
                 either = " or ".join(f'"{word}"' for word in get_args(words))

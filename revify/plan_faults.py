@@ -64,6 +64,8 @@ def plan_faults(plan: Plan) -> Iterator[str]:
     """Faults of the whole plan."""
     blocks = Counter((block.path, block.run) for stage in plan.stages for block in stage.blocks)
     yield from (f"the block {path!r} is in it {count} times" for (path, _), count in blocks.items() if count > 1)
+    if plan.guard == "shapes" and any(stage.step != "coded" for stage in plan.stages):
+        yield "only coded steps may be compared in shapes"
     paths = {path for stage in plan.stages for path in stage.paths}
     for checkpoint in plan.checkpointed:
         if checkpoint.after > len(plan.stages):

@@ -300,6 +300,7 @@ class Plan:
         saved_bytes: what plain autograd saves for the example.
         traced: how the structure was found: "whole" or, where the whole model cannot be traced, why not.
         unmeasured: where the grid was to be chosen, why nothing could be measured for that; else "".
+        guard: in what second runs are compared with the first, "bits" or "shapes".
         couplings: formulas of your own that the stages name. They live in this process only: a plan that went through JSON
             has names, and is given the formulas when it is read.
     """
@@ -315,6 +316,7 @@ class Plan:
     saved_bytes: Bytes
     traced: Prose
     unmeasured: Prose = ""
+    guard: Annotated[str, Among(("bits", "shapes"))] = "bits"
     couplings: tuple[Formula, ...] = field(default=(), compare=False, repr=False, metadata={STORED: False})
 
     def faults(self) -> Iterator[str]:

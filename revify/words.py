@@ -22,5 +22,6 @@ PredictorName = Literal[
 SignName = Literal["positive", "balanced", "random"]
 Unit = Literal["block", "branch"]
 Transitions = Literal["keep", "checkpoint"]
+Guard = Literal["bits", "shapes"]
 Streams = Literal["full", "split"]
 StepName = Literal["coded", "recurrence"]

@@ -70,6 +70,7 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         example=tuple(tuple(x.shape) for x in tensors_of(example)),
         grid=DEFAULT_GRID if method.grid == "auto" else method.grid,
         transitions=method.transitions,
+        guard=method.guard,
         stages=tuple(
             _stage_plan(stage, method, channel_axis(stage.paths, stage.shape, observation, modules), observation)
             for stage in stages

@@ -78,13 +78,14 @@ def apply_plan(
             _install_halves(converted, stage, plan)
             continue
         if stage.step == "coded":
-            _install_coded(converted, stage)
+            _install_coded(converted, stage, plan)
             continue
         _install(converted, stage, plan.grid_of(stage), forecasts or {}, trainable)
     for checkpoint in plan.checkpointed:
         for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
             module = converted.get_submodule(path)
-            _put(module, Checkpointed(module, path, following, joins=path != checkpoint.path))
+            joins, compares = path != checkpoint.path, plan.guard == "bits"
+            _put(module, Checkpointed(module, path, following, joins=joins, compares=compares))
     converted.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
     return converted
 
@@ -97,7 +98,7 @@ def change_bits(model: nn.Module, plan: Plan) -> None:
         plan: like the model's own but for the bits.
     """
     for stage in plan.stages:
-        rule = _coded_rule(stage) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
+        rule = _coded_rule(stage, plan) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
         steps = [step for block in stage.blocks for step in _steps(model.get_submodule(block.path), block)]
         opening = None if stage.within is None else vars(model.get_submodule(stage.within)).get("forward")
         if isinstance(opening, Opening) and isinstance(rule, CodedRule):
@@ -169,8 +170,8 @@ def _install(
         _put(module, _standing_in(module, block, container, steps))
 
 
-def _install_coded(model: nn.Module, stage: StagePlan) -> None:
-    rule = _coded_rule(stage)
+def _install_coded(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
+    rule = _coded_rule(stage, plan)
     if stage.within is not None:
         _install_apart(model, stage, stage.within, rule)
         return
@@ -210,8 +211,8 @@ def _standing_in(
     return only
 
 
-def _coded_rule(stage: StagePlan) -> CodedRule:
-    return CodedRule(stage.steps, stage.bits)
+def _coded_rule(stage: StagePlan, plan: Plan) -> CodedRule:
+    return CodedRule(stage.steps, stage.bits, plan.guard == "bits")
 
 
 def _rule(stage: StagePlan, grid: Grid) -> StageRule:

@@ -173,10 +173,12 @@ class CodedRule:
     Args:
         names: of the steps, in order.
         bits: b of each code, 2…8.
+        compares: whether second runs must repeat the first to the bit.
     """
 
     names: tuple[str, ...]
     bits: int
+    compares: bool = True
 
 
 class CodedStep(StandIn):
@@ -249,7 +251,8 @@ class CodedStep(StandIn):
         if tape is None:
             tape = CodeTape(self.name, origin, running, self.rule.bits)
         kept = SideInputs.of(*without_views(side, x, x))
-        rerun = Rerun(self.name, self._branch, self.module, kept, self._habits, tape.draws, seen=False)
+        compares = self.rule.compares
+        rerun = Rerun(self.name, self._branch, self.module, kept, self._habits, tape.draws, exact=compares, seen=False)
         load = partial(tape.load, tape.position, Entry(rerun, x.dtype, x.requires_grad))
         t, others = rerun.first(lambda: self._branch(x, *side[0], **side[1]), x.device, load)
         return t, others, tape if known is not None or rerun.drops else None

@@ -40,13 +40,13 @@ class Section(Rider):
         self.version = 0
         self.draws = Draws()
         self._reruns: list[Rerun] = []
-        self._outputs: list[Tensor] = []  # checksums of what was handed on
+        self._outputs: list[Tensor | None] = []  # checksums of what was handed on, where it is compared
         self._repeats = Repeats()
 
-    def append(self, rerun: Rerun, given: Tensor | None) -> None:
+    def append(self, rerun: Rerun, given: Tensor | None, *, compares: bool) -> None:
         """A module is about to run: on what the last one returned, or first of all, on inputs of its own."""
         if given is not None:
-            self._outputs.append(checksum(given))
+            self._outputs.append(checksum(given) if compares else None)
         self._reruns.append(rerun)
 
     def load(self) -> None:
@@ -56,8 +56,8 @@ class Section(Rider):
             for number, rerun in enumerate(self._reruns):
                 handed_on = number < len(self._outputs)
                 output = rerun.again(*values, catch=True, outputs=handed_on)
-                returned = checksum(output) != self._outputs[number] if handed_on else None
-                self._repeats.note(rerun.name, returned, *rerun.differs)
+                before = self._outputs[number] if handed_on else None
+                self._repeats.note(rerun.name, None if before is None else checksum(output) != before, *rerun.differs)
                 values = (output,)
         self._repeats.check_in_the_end()
 
@@ -70,11 +70,14 @@ class Checkpointed(StandIn):
         name: its path, for errors.
         following: the path of the module that shares its checkpoint and comes next, None where there is none.
         joins: whether it shares the checkpoint of a module before it; called by itself it is left to ordinary autograd.
+        compares: whether its second run must repeat the first to the bit.
     """
 
-    def __init__(self, module: nn.Module, name: str, following: str | None = None, *, joins: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, following: str | None = None, *, joins: bool = False, compares: bool = True
+    ) -> None:
         super().__init__(module, name)
-        self.following, self.joins = following, joins
+        self.following, self.joins, self.compares = following, joins, compares
         self._habits = Habits()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: the module's own signature
@@ -97,8 +100,10 @@ class Checkpointed(StandIn):
             raise StreamError(f"{self.name} was called without a tensor, so there is nothing to checkpoint it from.")
         given = None if section is None else args[0]
         section = section or Section()
-        rerun = Rerun(self.name, self.plain, self.module, side, self._habits, section.draws, seen=False)
-        section.append(rerun, given)
+        rerun = Rerun(
+            self.name, self.plain, self.module, side, self._habits, section.draws, exact=self.compares, seen=False
+        )
+        section.append(rerun, given, compares=self.compares)
         output = rerun.first(lambda: self.plain(*args, **kwargs), device, section.load)
         if self.following and comparable(output):
             section.following, section.version = self.following, version(output)

@@ -74,10 +74,11 @@ class Rerun:
         side: the arguments besides the values.
         habits: what earlier runs of the module changed, to be kept with the module; None looks at everything anew.
         draws: keeps the random states of this forward pass, for all of its reruns; None for this one alone.
-        exact: whether the second run is given the same values, bit for bit; else what is saved is not compared.
+        exact: whether the second run is to save the same values, bit for bit; else only how many, their shapes and types.
         seen: whether the owner compares what the second run gives; else the last saved tensor is compared as a whole.
 
     Attributes:
+        drops: whether anything that the first run saved is to be had again.
         differs: for each device, whether the last second run that caught its saved tensors saved others than the first;
             possibly still being computed.
     """
@@ -95,6 +96,7 @@ class Rerun:
         seen: bool = True,
     ) -> None:
         self.name = name
+        self.drops = False
         self.differs: tuple[Tensor, ...] = ()
         self._run = run
         self._module = module
@@ -135,6 +137,7 @@ class Rerun:
                 index, self._saves = self._saves, self._saves + 1
                 if address(tensor) in living:
                     return Living(self.name, tensor, version(tensor))
+                self.drops = True
                 if self._exact:
                     self._dropped.add(index)
                     fingerprint.add(tensor)
@@ -183,11 +186,6 @@ class Rerun:
                 again = catcher.fingerprint.value()
             self.differs = tuple(again[device] != number for device, number in self._fingerprint.items())
         return found
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything that the first run saved is to be had again."""
-        return bool(self._dropped)
 
     def forget(self) -> None:
         """Let go of the caught tensors that nobody asked for."""

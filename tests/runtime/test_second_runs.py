@@ -522,3 +522,39 @@ def test_noise_on_a_last_layer() -> None:
         loss = model(images()).square().sum()
         with pytest.raises(revify.ReplayError, match="stem"):
             loss.backward()
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_kernels_that_do_not_repeat_may_be_allowed(place: str) -> None:
+    """Gradients are then those of second runs that differ by an ulp here and there: 1e-4 is far above their sum."""
+    model = moody(network(Flips, place, guard="shapes"))
+    model(images()).square().sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    for part in model.modules():
+        part.moody = False
+    with revify.plain_backward():
+        model(images()).square().sum().backward()
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5), name
+
+
+def test_other_shapes_are_refused_even_where_bits_are_not_compared() -> None:
+    class Shrinks(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return x + x[:1].exp().mean() if self.calls > 6 else x + x.exp().mean()
+
+    model = network(Shrinks, "inside", guard="shapes")
+    Shrinks.calls = 6
+    loss = model(images()).sum()
+    Shrinks.calls = 0
+    with pytest.raises(revify.ReplayError, match="saved"):
+        loss.backward()
+
+
+def test_a_recurrence_compares_bits() -> None:
+    with pytest.raises(revify.RevifyError, match='guard="shapes" is for coded steps'):
+        revify.Method(guard="shapes", step="recurrence")
