@@ -22,7 +22,7 @@ from revify.errors import (
 if TYPE_CHECKING:
     from revify import couplings, presets
     from revify.calibration.calibrating import calibrate
-    from revify.conversion import convert, plan, revert
+    from revify.conversion import convert, disable, enable, plan, revert
     from revify.invertible import Invertible, is_invertible
     from revify.measuring.measuring import measure
     from revify.methods import Method
@@ -47,6 +47,8 @@ __all__ = [
     "calibrate",
     "convert",
     "couplings",
+    "disable",
+    "enable",
     "is_invertible",
     "load",
     "measure",
@@ -65,6 +67,8 @@ _HOMES = {
     "ReversibleSequence": "reversible",
     "calibrate": "calibration.calibrating",
     "convert": "conversion",
+    "disable": "conversion",
+    "enable": "conversion",
     "is_invertible": "invertible",
     "load": "saving",
     "measure": "measuring.measuring",

@@ -1,4 +1,4 @@
-"""plan(), convert(), revert(): the whole story.
+"""plan(), convert(), revert(): the whole story; enable() and disable() do the same to the model itself.
 
 model ─observe, trace─▶ blocks ─▶ stages ─▶ Plan ─apply_plan─▶ converted model ─remove_plan─▶ plain model
                                              └─fit_plan─▶ Plan and fitted predictors ─▲
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from revify.calibration.batches import Batch, Data, batches_of
 from revify.calibration.calibrating import fit_plan
@@ -22,7 +22,7 @@ from revify.planning.inputs import Example, check_model, example_inputs
 from revify.planning.making import make_plan
 from revify.planning.refusals import instead
 from revify.plans import Plan
-from revify.rewriting.applying import apply_plan, remove_plan
+from revify.rewriting.applying import apply_plan, install_plan, remove_plan, uninstall_plan
 from revify.tables import group_reasons
 
 
@@ -113,16 +113,92 @@ def convert(
     Reference:
         Gomez et al. 2017, "The Reversible Residual Network"; the coupling is that of docs/method.md.
     """
-    check_model(model)
-    asked = Method.of(method, **options).settled(with_images=calibration is not None)
+    plan = _with_couplings(plan, couplings) if plan else None
     fitting = Fitting(rank, tolerance, ridge, progress)
-    batches = _batches(model, calibration, needless=trainable or fitting != Fitting())
-    shown = batches[0].example if example is None and batches else example
-    plan = _with_couplings(plan, couplings) if plan else make_plan(model, example_inputs(model, shown), asked)
-    if not plan.stages:
-        raise _nothing_to_convert(model, plan)
-    plan, forecasts = fit_plan(model, plan, batches, asked, fitting) if batches else (plan, {})
-    return apply_plan(model, plan, forecasts=forecasts, trainable=trainable)
+    asked = Method.of(method, **options).settled(with_images=calibration is not None)
+    found = _settle(model, example, plan, calibration, asked, fitting, trainable=trainable)
+    return apply_plan(model, found.plan, forecasts=found.forecasts, trainable=trainable)
+
+
+def enable(
+    model: nn.Module,
+    example: Example = None,
+    *,
+    plan: Plan | None = None,
+    calibration: Data | None = None,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    ridge: float = RIDGE,
+    trainable: bool = False,
+    progress: Progress | None = None,
+    method: Method | None = None,
+    **options: Unpack[Options],
+) -> Plan:
+    """Convert a model in place: as `convert`, but the model itself is the converted one afterwards.
+
+    Modules and parameters are the same objects as before, so whoever holds them already keeps what is right: optimizers,
+    averages of weights, trainers, wrappers. `disable` undoes it. After an error the model is as it was.
+
+    Example:
+        >>> import timm, torch, revify
+        >>> model = timm.create_model("test_vit")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> plan = revify.enable(model)
+        >>> model(torch.randn(2, 3, 160, 160)).sum().backward()
+        >>> optimizer.step()
+        >>> revify.disable(model)
+
+    Args:
+        model: the plain model, not yet wrapped (DDP, FSDP, torch.compile come afterwards).
+        example: as for `plan`, like all that follows as for `convert`.
+        plan: do exactly this plan.
+        calibration: images, to fit predictors.
+        rank: with calibration, like the next four.
+        tolerance: for bits="auto".
+        ridge: of the fit.
+        trainable: hold what was fitted as parameters; an optimizer that exists already does not know them.
+        progress: called with a line of text now and then.
+        method: as for `plan`.
+        options: as for `plan`, but for streams="split", whose layers have parameters of their own.
+
+    Returns:
+        The plan, which the model carries as `revify_plan`.
+
+    Raises:
+        RefusalError: nothing in the model can be converted, or it is in a state in which it must not be.
+        RevifyError: an option is out of its range.
+    """
+    asked = Method.of(method, **options).settled(with_images=calibration is not None)
+    if asked.streams == "split" or (plan is not None and plan.is_split):
+        raise RefusalError(
+            f'{type(model).__name__}: streams="split" makes layers of half the width with parameters of their own, which '
+            "nobody who holds the model's would know. Use revify.convert, and give the optimizer those of its result."
+        )
+    fitting = Fitting(rank, tolerance, ridge, progress)
+    found = _settle(model, example, plan, calibration, asked, fitting, trainable=trainable)
+    install_plan(model, found.plan, forecasts=found.forecasts, trainable=trainable)
+    return found.plan
+
+
+def disable(model: nn.Module) -> None:
+    """Make the plain model of a converted one, in place: what `enable` did is undone, and what was trained stays.
+
+    Example:
+        >>> import timm, revify
+        >>> model = timm.create_model("test_vit")
+        >>> _ = revify.enable(model)
+        >>> revify.disable(model)
+        >>> hasattr(model, "revify_plan")
+        False
+
+    Args:
+        model: a converted model, by `enable` or by `convert`.
+
+    Raises:
+        RefusalError: the model is not a converted one.
+    """
+    _check_converted(model)
+    uninstall_plan(model)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -147,6 +223,43 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         RefusalError: the model is not a converted one.
     """
+    _check_converted(model)
+    return remove_plan(model)
+
+
+class _Settled(NamedTuple):
+    """What is to be done to a model.
+
+    Args:
+        plan: with at least one stage.
+        forecasts: what was fitted, by block path.
+    """
+
+    plan: Plan
+    forecasts: dict[str, dict[str, Tensor]]
+
+
+def _settle(
+    model: nn.Module,
+    example: Example,
+    plan: Plan | None,
+    calibration: Data | None,
+    asked: Method,
+    fitting: Fitting,
+    *,
+    trainable: bool,
+) -> _Settled:
+    check_model(model)
+    batches = _batches(model, calibration, needless=trainable or fitting != Fitting())
+    shown = batches[0].example if example is None and batches else example
+    plan = plan or make_plan(model, example_inputs(model, shown), asked)
+    if not plan.stages:
+        raise _nothing_to_convert(model, plan)
+    return _Settled(*fit_plan(model, plan, batches, asked, fitting)) if batches else _Settled(plan, {})
+
+
+def _check_converted(model: nn.Module) -> None:
+    """Refuse a model that cannot be made plain."""
     plan = getattr(model, "revify_plan", None)
     if not isinstance(plan, Plan):
         raise RefusalError(
@@ -158,7 +271,6 @@ def revert(model: nn.Module) -> nn.Module:
             f'{type(model).__name__} was converted with streams="split", which is another function with layers of half the '
             "width, so there is no plain model with its weights. The model that was given to convert is as it was."
         )
-    return remove_plan(model)
 
 
 def _batches(model: nn.Module, calibration: Data | None, *, needless: bool) -> list[Batch]:

@@ -214,18 +214,18 @@ def test_pruned_model_runs(converted_vit: nn.Module) -> None:
     assert_same(run(model, [IMAGE]), run(model, [IMAGE], plain=True))
 
 
-def test_gradient_checkpointing_switched_on_afterwards(converted_vit: nn.Module) -> None:
+def test_gradient_checkpointing_whose_flag_is_set_afterwards(converted_vit: nn.Module) -> None:
     """It finds nothing to save, so it does no harm, and under ordinary autograd a coded block is like any other."""
     model = copy.deepcopy(converted_vit)
     expected = run(model, [IMAGE], plain=True)
-    model.set_grad_checkpointing(True)
+    model.grad_checkpointing = True
     assert_same(run(model, [IMAGE]), expected)
     assert_same(run(model, [IMAGE], plain=True), expected)
 
 
 def test_gradient_checkpointing_of_a_recurrence_would_run_the_blocks_out_of_order() -> None:
     model = revify.convert(timm.create_model("test_vit"), step="recurrence")
-    model.set_grad_checkpointing(True)
+    model.grad_checkpointing = True
     with pytest.raises(revify.StreamError, match=r"its input is not the output of .*gradient checkpointing"):
         run(model, [IMAGE], plain=True)
 

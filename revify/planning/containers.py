@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from revify.reading.additions import count_additions
 from revify.reading.chains import FEWEST
 from revify.reading.observing import Call, Observation
 from revify.reading.programs import Part, Program, read_program
-from revify.reading.tracing import Example, Trace, meta_copy
+from revify.reading.tracing import Example, Trace, call_with, constants_of, each_of, meta_copy
 
 BLOCK_ADDITIONS = 4  # in a module that is a block of a run already: fewer are its attention and its MLP
 
@@ -101,9 +102,9 @@ def find_containers(
     blocks = {block.call.path for run in runs for block in run.blocks}
     counts = Counter(call.path for call in observation.calls)
     calls = {call.path: call for call in observation.calls}
-    given: dict[str, tuple[int | str, ...]] = {
-        "": tuple(example if isinstance(example, Mapping) else range(len(example)))
-    }
+    given: dict[str, tuple[int | str, ...]] = {}
+    if not constants_of(example):  # else the model's own forward depends on them
+        given[""] = tuple(example if isinstance(example, Mapping) else range(len(example)))
     given |= {path: tuple(i.argument for i in call.inputs) for path, call in calls.items()}
     programs: dict[str, Program] = {}
     for path, count in (count_additions(graph) + _repeated(counts)).items():
@@ -175,18 +176,14 @@ class _Step:
 
 def _measure(model: nn.Module, example: Example, programs: Mapping[str, Program]) -> dict[str, dict[int, _Step]]:
     """Run the programs in place of the forwards, and note of each step what it saves; steps that are no good are left out."""
-    keywords = isinstance(example, Mapping)
-    given: dict[Any, Tensor] = dict(example) if isinstance(example, Mapping) else dict(enumerate(example))
     try:
-        empty = {name: torch.empty_like(x, device="meta") for name, x in given.items()}
-        return _measured(meta_copy(model), empty, programs, keywords=keywords)
+        empty = each_of(example, partial(torch.empty_like, device="meta"))
+        return _measured(meta_copy(model), empty, programs)
     except Exception:  # any operation may lack a meta kernel: the real run decides
-        return _measured(copy.deepcopy(model), given, programs, keywords=keywords)
+        return _measured(copy.deepcopy(model), example, programs)
 
 
-def _measured(
-    model: nn.Module, example: Mapping[Any, Tensor], programs: Mapping[str, Program], *, keywords: bool
-) -> dict[str, dict[int, _Step]]:
+def _measured(model: nn.Module, example: Example, programs: Mapping[str, Program]) -> dict[str, dict[int, _Step]]:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model.requires_grad_(True)  # a frozen model: what would be saved once it is trained
     counter = _Counter(model)
@@ -194,7 +191,7 @@ def _measured(
     for trial in trials.values():
         trial.container.forward = trial
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), saved_tensors_hooks(counter.save, _unread):
-        model(**example) if keywords else model(*example.values())
+        call_with(model, example)
     return {path: trial.found for path, trial in trials.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,15 @@ from torch import Tensor, nn
 from revify.errors import RefusalError, RevifyError
 from revify.plans import Plan
 from revify.reading.copying import is_compiled
+from revify.reading.tracing import Inputs
+from revify.rewriting.switches import has_cache
 
-Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
+Example = Tensor | Sequence[Tensor] | Mapping[str, Any] | None  # Any: keyword inputs may be of every type
+CHECKPOINTING = {  # how each library switches it off
+    "set_grad_checkpointing": "model.set_grad_checkpointing(False)",
+    "gradient_checkpointing_disable": "model.gradient_checkpointing_disable()",
+    "disable_gradient_checkpointing": "model.disable_gradient_checkpointing()",
+}
 
 
 def check_model(model: nn.Module) -> None:
@@ -30,9 +38,10 @@ def check_model(model: nn.Module) -> None:
         )
     for path, module in model.named_modules():
         if any(getattr(module, flag, False) is True for flag in ("grad_checkpointing", "gradient_checkpointing")):
+            known = (way for method, way in CHECKPOINTING.items() if callable(getattr(model, method, None)))
             raise RefusalError(
-                f"{name}: gradient checkpointing is switched on (in {path or 'the model'}), which would run the blocks of "
-                "a converted model out of order. Switch it off first: model.set_grad_checkpointing(False)."
+                f"{name}: gradient checkpointing is switched on (in {path or 'the model'}), and revify recomputes the blocks "
+                f"itself: one of the two is enough. Switch it off first: {next(known, 'set that flag to False')}."
             )
 
 
@@ -53,17 +62,18 @@ def _wrapper(model: nn.Module) -> str | None:
     return None
 
 
-def example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | dict[str, Tensor]:
+def example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | Inputs:
     """The inputs to analyse a model with: those given, or two images of the size in its timm configuration."""
     if isinstance(example, Tensor):
         return (example,)
     if example is not None:
-        inputs = dict(example) if isinstance(example, Mapping) else tuple(example)
-        tensors = inputs.values() if isinstance(inputs, dict) else inputs
-        if not inputs or not all(isinstance(x, Tensor) for x in tensors):
+        if isinstance(example, Mapping) and any(isinstance(x, Tensor) for x in example.values()):
+            return _keywords(model, example)
+        inputs = () if isinstance(example, Mapping) else tuple(example)
+        if not inputs or not all(isinstance(x, Tensor) for x in inputs):
             raise RevifyError(
-                "example: expected a tensor, a tuple of tensors (the positional inputs of the model) or a dictionary of "
-                "tensors (its keyword inputs)."
+                "example: expected a tensor, a tuple of tensors (the positional inputs of the model) or a dictionary with "
+                "tensors in it (its keyword inputs)."
             )
         return inputs
     size = _input_size(model)
@@ -74,6 +84,14 @@ def example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | d
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return (torch.zeros(2, *size, dtype=dtype, device="meta"),)
+
+
+def _keywords(model: nn.Module, example: Mapping[str, Any]) -> Inputs:
+    """Inputs by keyword; without a cache where the model has one and nothing is said, as it trains once it is converted."""
+    constants = {name: value for name, value in example.items() if not isinstance(value, Tensor)}
+    if has_cache(model):
+        constants = {"use_cache": False, **constants}
+    return Inputs({name: value for name, value in example.items() if isinstance(value, Tensor)}, constants)
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...] | None:

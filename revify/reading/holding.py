@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revify.reading.tracing import Example, run_copy
+from revify.reading.tracing import Example, call_with, run_copy
 
 
 def watch_holdings(model: nn.Module, example: Example, paths: Collection[str]) -> dict[str, int]:
@@ -65,7 +65,7 @@ def _watched(model: nn.Module, example: Example, paths: Collection[str]) -> dict
         module.register_forward_hook(lambda *_: setattr(makers, "block", ""), always_call=True)
     try:
         with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, _unread), makers:
-            output = model(**example) if isinstance(example, dict) else model(*example)
+            output = call_with(model, example)
     except _BackwardWithinError:
         return {}
     return makers.alive({storage._cdata for storage in _storages(output)})

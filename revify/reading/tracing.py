@@ -26,6 +26,19 @@ MAY_CHANGE = 2**20  # elements of a parameter, up to which a run of a copy has i
 Example = Sequence[Tensor] | Mapping[str, Tensor]  # a model's inputs, by position or by keyword
 
 
+class Inputs(dict[str, Tensor]):
+    """Inputs by keyword, with those that are no tensors beside them.
+
+    Args:
+        tensors: by keyword.
+        constants: all others, the same in every run.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> None:  # Any: of every type
+        super().__init__(tensors)
+        self.constants = dict(constants)
+
+
 @dataclass(frozen=True, slots=True)
 class TracedCall:
     """One call of one module in a torch.fx graph: its arguments and what it returned, as nodes where they are values."""
@@ -96,12 +109,16 @@ def run_copy(model: nn.Module, example: Example, work: Callable[[nn.Module, Exam
             ) from error
 
 
-def call_with(model: nn.Module, example: Example) -> None:
-    """Run the model forward on its inputs."""
+def call_with(model: nn.Module, example: Example) -> Any:
+    """Run the model forward on its inputs; what it returns."""
     if isinstance(example, Mapping):
-        model(**example)
-    else:
-        model(*example)
+        return model(**example, **constants_of(example))
+    return model(*example)
+
+
+def constants_of(example: Example) -> Mapping[str, Any]:
+    """The inputs that are no tensors."""
+    return example.constants if isinstance(example, Inputs) else {}
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -114,17 +131,18 @@ def trace(model: nn.Module, example: Example) -> Trace:
     Returns:
         The graph with the module calls in it, or the reason why tracing failed.
     """
-    return _trace(meta_copy(model), set(example if isinstance(example, Mapping) else range(len(example))))
+    given: set[int | str] = set(example if isinstance(example, Mapping) else range(len(example)))
+    return _trace(meta_copy(model), given, constants_of(example))
 
 
-def _trace(bare: nn.Module, given: Collection[int | str]) -> Trace:
+def _trace(bare: nn.Module, given: Collection[int | str], constants: Mapping[str, Any]) -> Trace:
     """Trace with timm's leaf layers; where that fails, also with its leaf blocks, which hide their own insides."""
     parameters = list(inspect.signature(bare.forward).parameters.values())
     fixed = {
         p.name: p.default
         for position, p in enumerate(parameters)
         if p.default is not p.empty and position not in given and p.name not in given
-    }
+    } | dict(constants)
     failure = ""
     for package in ("timm.layers", "timm"):
         tracer = _ModuleTracer(package)
@@ -146,7 +164,7 @@ def tensors_of(example: Example) -> tuple[Tensor, ...]:
 
 def each_of(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
     if isinstance(example, Mapping):
-        return {name: change(x) for name, x in example.items()}
+        return Inputs({name: change(x) for name, x in example.items()}, constants_of(example))
     return [change(x) for x in example]
 
 

@@ -1,4 +1,4 @@
-"""Plan + model → converted model, and back. The only file that edits modules, and it edits copies.
+"""Plan + model → converted model, and back: on a copy that shares its tensors, or in place. The only file that edits modules.
 
 A converted model is the same tree of the same classes under the same paths. What is new in it: the forward of each block
 of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root carries the plan as `revify_plan`.
@@ -6,7 +6,8 @@ of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from types import MethodType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from revify.couplings.parts import find_coupling, turns
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
-from revify.reading.copying import HOOKS, copy_tree, exchange
+from revify.reading.copying import HOOKS, TREE, copy_tree, exchange
 from revify.reading.programs import Part
 from revify.reading.roles import Shortcut
 from revify.reading.segments import Segment, find_segments
@@ -27,6 +28,7 @@ from revify.rewriting.fitting import check_fits
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
 from revify.rewriting.programs import Programmed, programmed
 from revify.rewriting.replicas import Replicator
+from revify.rewriting.switches import set_switches, unset_switches
 from revify.runtime.apart import ApartStep, Opening
 from revify.runtime.coded import CodedRule, CodedStep
 from revify.runtime.grid import Grid
@@ -71,23 +73,35 @@ def apply_plan(
     Raises:
         RefusalError: the model has other modules than the plan names.
     """
-    check_fits(model, plan)
     converted = share(model)
-    for stage in plan.stages:
-        if stage.coupling:
-            _install_halves(converted, stage, plan)
-            continue
-        if stage.step == "coded":
-            _install_coded(converted, stage, plan)
-            continue
-        _install(converted, stage, plan.grid_of(stage), forecasts or {}, trainable)
-    for checkpoint in plan.checkpointed:
-        for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
-            module = converted.get_submodule(path)
-            joins, compares = path != checkpoint.path, plan.guard == "bits"
-            _put(module, Checkpointed(module, path, following, joins=joins, compares=compares))
-    converted.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
+    install_plan(converted, plan, forecasts=forecasts, trainable=trainable)
     return converted
+
+
+def install_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    forecasts: Mapping[str, dict[str, Tensor]] | None = None,
+    trainable: bool = False,
+) -> None:
+    """Do what the plan says to the model itself; after an error it is as it was. Arguments as for `apply_plan`."""
+    check_fits(model, plan)
+    with _unless_it_fails(model):
+        for stage in plan.stages:
+            if stage.coupling:
+                _install_halves(model, stage, plan)
+            elif stage.step == "coded":
+                _install_coded(model, stage, plan)
+            else:
+                _install(model, stage, plan.grid_of(stage), forecasts or {}, trainable)
+        for checkpoint in plan.checkpointed:
+            for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
+                module = model.get_submodule(path)
+                joins, compares = path != checkpoint.path, plan.guard == "bits"
+                _put(module, Checkpointed(module, path, following, joins=joins, compares=compares))
+        set_switches(model)
+        model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
 
 
 def change_bits(model: nn.Module, plan: Plan) -> None:
@@ -119,21 +133,44 @@ def copy_forecasts(model: nn.Module, source: nn.Module) -> None:
 def remove_plan(model: nn.Module) -> nn.Module:
     """The plain module tree of a converted model, sharing its parameters and buffers."""
     plain = share(model)
-    forwards: dict[int, Any] = {}
-    for module in plain.modules():
-        replicator = vars(module).pop(_REPLICATE, None)
-        if not isinstance(replicator, Replicator):
-            continue
-        stand_in = replicator.stand_in
-        forwards[id(stand_in)] = stand_in.own or MethodType(type(module).forward, module)
-        if vars(module).get("forward") is stand_in:
-            del module.forward
-            if stand_in.own:
-                module.forward = stand_in.own
-        drop_forecast(module)
-    exchange(plain, forwards)  # in what was wrapped since
-    del plain.revify_plan
+    uninstall_plan(plain)
     return plain
+
+
+def uninstall_plan(model: nn.Module) -> None:
+    """Take what a plan put into a model out of it, in place; after an error the model is as it was."""
+    with _unless_it_fails(model):
+        forwards: dict[int, Any] = {}
+        for module in model.modules():
+            replicator = vars(module).pop(_REPLICATE, None)
+            if not isinstance(replicator, Replicator):
+                continue
+            stand_in = replicator.stand_in
+            forwards[id(stand_in)] = stand_in.own or MethodType(type(module).forward, module)
+            if vars(module).get("forward") is stand_in:
+                del module.forward
+                if stand_in.own:
+                    module.forward = stand_in.own
+            drop_forecast(module)
+        exchange(model, forwards)  # in what was wrapped since
+        unset_switches(model)
+        del model.revify_plan
+
+
+@contextmanager
+def _unless_it_fails(model: nn.Module) -> Iterator[None]:
+    """Edit a model in the body; what its modules hold is as before if that ends in an error."""
+    before = [(vars(m), dict(vars(m)), {n: dict(vars(m)[n]) for n in (*TREE, *HOOKS)}) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for held, attributes, inner in before:
+            held.clear()
+            held.update(attributes)
+            for name, items in inner.items():
+                held[name].clear()
+                held[name].update(items)
+        raise
 
 
 def _put(module: nn.Module, stand_in: StandIn) -> None:

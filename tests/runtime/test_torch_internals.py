@@ -87,6 +87,8 @@ def modules_hold_hooks_in_dictionaries() -> None:
         "_load_state_dict_post_hooks",
     ):
         assert len(getattr(module, name)) == 1, name
+    module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    assert list(module._forward_pre_hooks_with_kwargs) == list(module._forward_pre_hooks)[-1:]
     for name in ("_global_forward_pre_hooks", "_global_forward_hooks"):  # those for all modules
         assert isinstance(vars(nn.modules.module)[name], dict), name
 
@@ -200,6 +202,8 @@ RELIED_UPON: dict[str, Callable[[], None]] = {
     "_buffers": modules_hold_what_is_theirs_in_dictionaries,
     "_modules": modules_hold_what_is_theirs_in_dictionaries,
     "_load_state_dict_pre_hooks": modules_hold_hooks_in_dictionaries,
+    "_forward_pre_hooks": modules_hold_hooks_in_dictionaries,
+    "_forward_pre_hooks_with_kwargs": modules_hold_hooks_in_dictionaries,
     "_ConvNd": layers_of_a_kind_have_a_common_class,
     "_NormBase": layers_of_a_kind_have_a_common_class,
     "_DropoutNd": layers_of_a_kind_have_a_common_class,
