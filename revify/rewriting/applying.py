@@ -200,7 +200,7 @@ def _install(
         predictor = make_predictor(stage.predictor, module, stage.axis, grid)
         container = None if block.run is None else programmed(module, block)
         steps = tuple(
-            Step(module, rule, index + number, predictor, block.stream, transform, block.result)
+            Step(module, rule, index + number, block.stream, transform, block.result, predictor=predictor)
             for number, transform in enumerate(_transforms(module, block, container))
         )
         index += len(steps)
@@ -229,7 +229,9 @@ def _install_apart(model: nn.Module, stage: StagePlan, within: str, rule: CodedR
     for index, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)
         adds = block.shortcut == Shortcut.IDENTITY
-        _put(module, ApartStep(module, rule, index, block.stream, result=block.result, adds=adds))
+        step = ApartStep(module, rule, index, block.stream, result=block.result)
+        step.adds = adds
+        _put(module, step)
     module = model.get_submodule(within)
     known = vars(module).get("forward")
     opening = known if isinstance(known, Opening) else Opening(module, within or "the forward of the model")

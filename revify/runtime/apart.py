@@ -14,7 +14,7 @@ of the module that all of them lie in (`Opening`). Called elsewhere, a step begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -92,29 +92,11 @@ class Opening(StandIn):
 class ApartStep(CodedStep):
     """Stands in for the forward of a module of a stage whose steps have something between them.
 
-    Args:
-        module: as it was.
-        rule: what the stage's steps share.
-        index: which of its steps this is.
-        stream: which argument is coded, a position or a keyword.
-        transform: T where it is a part of the module.
-        result: where it adds to its input, which of several results that is.
+    Attributes:
         adds: whether T adds to its input.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        rule: CodedRule,
-        index: int,
-        stream: int | str = 0,
-        transform: Callable[..., Any] | None = None,
-        result: int | None = None,
-        *,
-        adds: bool = False,
-    ) -> None:
-        super().__init__(module, rule, index, stream, transform, result)
-        self._adds = adds
+    adds = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
         x, side = split_stream(self.stream, self.name, args, kwargs)
@@ -134,7 +116,7 @@ class ApartStep(CodedStep):
             else:
                 outputs, _ = self._branch(given, *side[0], **side[1])
         drop_weight_copies(x.device)
-        return outputs if given is x or not self._adds else self._made_good(outputs, x, given)
+        return outputs if given is x or not self.adds else self._made_good(outputs, x, given)
 
     def _made_good(self, outputs: Any, x: Tensor, given: Tensor) -> Any:
         """The results, with what the code left out of the input added to the sum."""
@@ -147,7 +129,7 @@ class ApartStep(CodedStep):
     def _branch(self, x: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
         """T(x), whatever it is."""
         args, kwargs = with_stream(self.stream, x, *with_views((args, kwargs), x))
-        return (self.transform(self.module, *args, **kwargs) if self.transform else self.plain(*args, **kwargs)), ()
+        return self.transformed(*args, **kwargs), ()
 
 
 @contextmanager

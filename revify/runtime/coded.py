@@ -18,13 +18,12 @@ value before it (then a new tape begins with that) costs memory, not exactness.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from revify.runtime.arguments import pick_stream, split_stream, with_stream
@@ -35,8 +34,7 @@ from revify.runtime.links import Rider, carrier
 from revify.runtime.randomness import Draws, own_numbers
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
-from revify.runtime.standing_in import StandIn
-from revify.runtime.states import Habits
+from revify.runtime.standing_in import StageStep
 from revify.runtime.tape import Value, saves_nothing
 from revify.runtime.views import with_views, without_views
 
@@ -181,39 +179,17 @@ class CodedRule:
     compares: bool = True
 
 
-class CodedStep(StandIn):
-    """Stands in for the forward of the `index`-th block of a stage.
+class CodedStep(StageStep[CodedRule]):
+    """Stands in for a block whose stage has coded steps.
 
     A block in eval mode is the plain block: it leaves no code, and where a gradient flows it runs again from its input.
-
-    Args:
-        module: the block, as it was; its own forward is T.
-        rule: what the stage's steps share.
-        index: which of its steps this is.
-        stream: which argument is the stream, a position or a keyword.
-        transform: T where it is a part of the block: called as its forward, with the block before the arguments.
-        result: which of several results is the stream, None where T returns one tensor; the others pass through.
     """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        rule: CodedRule,
-        index: int,
-        stream: int | str = 0,
-        transform: Callable[..., Any] | None = None,
-        result: int | None = None,
-    ) -> None:
-        super().__init__(module, rule.names[index])
-        self.rule, self.index, self.stream = rule, index, stream
-        self.transform, self.result = transform, result
-        self._habits = Habits()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:  # Any: side inputs and results of every type pass through
         x, side = split_stream(self.stream, self.name, args, kwargs)
         coded = self.module.training
         link = self._link(x)
-        running = link.running if link is not None else Running.of(x) if coded and not self._last else None
+        running = link.running if link is not None else Running.of(x) if coded and not self.last else None
         tape = link.tape if link is not None else None
         with own_numbers(draws=coded):
             if saves_nothing():
@@ -239,10 +215,6 @@ class CodedStep(StandIn):
         """Whether a block in eval mode is run as it was: yes."""
         return True
 
-    @property
-    def _last(self) -> bool:
-        return self.index + 1 == len(self.rule.names)
-
     def _recorded(
         self, x: Tensor, side: tuple[Any, Any], tape: CodeTape | None, origin: Tensor, running: Running | None
     ) -> tuple[Tensor, tuple[Any, ...], CodeTape | None]:
@@ -252,14 +224,14 @@ class CodedStep(StandIn):
             tape = CodeTape(self.name, origin, running, self.rule.bits)
         kept = SideInputs.of(*without_views(side, x, x))
         compares = self.rule.compares
-        rerun = Rerun(self.name, self._branch, self.module, kept, self._habits, tape.draws, exact=compares, seen=False)
+        rerun = Rerun(self.name, self._branch, self.module, kept, self.habits, tape.draws, exact=compares, seen=False)
         load = partial(tape.load, tape.position, Entry(rerun, x.dtype, x.requires_grad))
         t, others = rerun.first(lambda: self._branch(x, *side[0], **side[1]), x.device, load)
         return t, others, tape if known is not None or rerun.drops else None
 
     def _stepped(self, t: Tensor, running: Running, tape: CodeTape | None) -> Tensor:
         """The value that goes on."""
-        if self._last:
+        if self.last:
             with torch.no_grad():
                 value = running.error.add_(t).to(t.dtype)
             return Straight.apply(t, value)
@@ -274,5 +246,5 @@ class CodedStep(StandIn):
         """T(x), and the other results."""
         args, kwargs = with_stream(self.stream, x, *with_views((args, kwargs), x))
         before = version(x)
-        outputs = self.transform(self.module, *args, **kwargs) if self.transform else self.plain(*args, **kwargs)
+        outputs = self.transformed(*args, **kwargs)
         return pick_stream(self.name, outputs, self.result, x, before)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from torch import nn
 
 from revify.errors import RefusalError
+from revify.runtime.links import Rule
+from revify.runtime.states import Habits
 from revify.runtime.torch_internals import hidden_from_compiler, is_exporting, refused_export
+
+RuleT = TypeVar("RuleT", bound=Rule)
 
 
 class StandIn:
@@ -82,6 +86,42 @@ class StandIn:
             "Script the plain model, torch.jit.script(revify.revert(model)), or trace the converted one: "
             "torch.jit.trace(model.eval(), inputs)."
         )
+
+
+class StageStep(StandIn, Generic[RuleT]):
+    """Stands in for the forward of a block that is the `index`-th step of a stage, or has it as a part.
+
+    Args:
+        module: the block, as it was.
+        rule: what the stage's steps share.
+        index: k, counted from 0.
+        stream: which argument is the stream, a position or a keyword.
+        transform: T where it is a part of the block: called as its forward, with the block before the arguments.
+        result: which of several results is the stream, None where T returns one tensor; the others pass through.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: RuleT,
+        index: int,
+        stream: int | str = 0,
+        transform: Callable[..., Any] | None = None,
+        result: int | None = None,
+    ) -> None:
+        super().__init__(module, rule.names[index])
+        self.rule, self.index, self.stream = rule, index, stream
+        self.transform, self.result = transform, result
+        self.habits = Habits()
+
+    @property
+    def last(self) -> bool:
+        """Whether no step follows."""
+        return self.index + 1 == len(self.rule.names)
+
+    def transformed(self, *args: Any, **kwargs: Any) -> Any:
+        """T."""
+        return self.transform(self.module, *args, **kwargs) if self.transform else self.plain(*args, **kwargs)
 
 
 class _NoSourceError(RefusalError, AttributeError):

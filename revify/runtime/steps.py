@@ -24,24 +24,17 @@ from revify.runtime.predictors import Predictor
 from revify.runtime.randomness import own_numbers
 from revify.runtime.replay import SideInputs, version
 from revify.runtime.reruns import Rerun
-from revify.runtime.standing_in import StandIn
-from revify.runtime.states import Habits
+from revify.runtime.standing_in import StageStep, StandIn
 from revify.runtime.tape import Entry, StageRule, Tape, saves_nothing
 from revify.runtime.torch_internals import is_autocast
 from revify.runtime.views import with_views, without_views
 
 
-class Step(StandIn):
-    """Stands in for the forward of the `index`-th block of a stage.
+class Step(StageStep[StageRule]):
+    """Stands in for a block whose stage is a recurrence; the first step is the ordinary block, T alone.
 
     Args:
-        module: the block, as it was; its own forward is T.
-        rule: what the stage's steps share.
-        index: k, counted from 0; the first step is the ordinary block, T alone.
         predictor: q.
-        stream: which argument is the stream, a position or a keyword.
-        transform: T where it is a part of the block: called as its forward, with the block before the arguments.
-        result: which of several results is the stream, None where T returns one tensor; the others pass through.
     """
 
     def __init__(
@@ -49,15 +42,14 @@ class Step(StandIn):
         module: nn.Module,
         rule: StageRule,
         index: int,
-        predictor: Predictor,
         stream: int | str = 0,
         transform: Callable[..., Any] | None = None,
         result: int | None = None,
+        *,
+        predictor: Predictor,
     ) -> None:
-        super().__init__(module, rule.names[index])
-        self.rule, self.index, self.predictor, self.stream = rule, index, predictor, stream
-        self.transform, self.result = transform, result
-        self._habits = Habits()
+        super().__init__(module, rule, index, stream, transform, result)
+        self.predictor = predictor
 
     def on(self, module: nn.Module) -> Self:
         """The same for a copy of the block."""
@@ -75,7 +67,7 @@ class Step(StandIn):
         value, others = self._step(tape, z, older, side, kept, branch_dtype)
         drop_weight_copies(x.device)
         visible = value.to(branch_dtype)
-        if self.index + 1 < len(self.rule.names):
+        if not self.last:
             newest = None if visible is value else value
             visible.revify_link = Link(tape, self.index + 1, z, newest, version(visible))  # type: ignore[attr-defined]
         else:
@@ -94,16 +86,12 @@ class Step(StandIn):
         """T alone, under ordinary autograd; if the next block trains (some are frozen), its stream begins anew."""
         x, _ = split_stream(self.stream, self.name, args, kwargs)
         leave_link(x)
-        outputs = self._transformed(*args, **kwargs)
+        outputs = self.transformed(*args, **kwargs)
         value = outputs if self.result is None else outputs[self.result]
-        if self.index + 1 < len(self.rule.names) and isinstance(value, Tensor):
+        if not self.last and isinstance(value, Tensor):
             link = Link(Tape(self.rule), self.index + 1, None, None, version(value))
             value.revify_link = link  # type: ignore[attr-defined]
         return outputs
-
-    def _transformed(self, *args: Any, **kwargs: Any) -> Any:
-        """T."""
-        return self.transform(self.module, *args, **kwargs) if self.transform else self.plain(*args, **kwargs)
 
     def _take(self, x: Tensor) -> tuple[Tape, Tensor, Tensor | None]:
         """The tape of this forward pass, z[k] and z[k-1]."""
@@ -134,7 +122,7 @@ class Step(StandIn):
         numbers = own_numbers(draws=self.module.training)
         if recorded:
             again = SideInputs.of((None, None, coupled, branch_dtype, *kept[0]), kept[1])
-            rerun = Rerun(self.name, self._branch, self.module, again, self._habits, tape.draws)
+            rerun = Rerun(self.name, self._branch, self.module, again, self.habits, tape.draws)
             entry = Entry(self.index, coupled, self, rerun, z.requires_grad, z.stride(), checksum(z), sign)
             place = tape.append(z, entry)
             with numbers:
@@ -184,7 +172,7 @@ class Step(StandIn):
             kwargs = {**kwargs, self.stream: z.to(branch_dtype)}
         args, kwargs = with_views((args, kwargs), z)
         before = version(z)
-        outputs = self._transformed(*args, **kwargs)
+        outputs = self.transformed(*args, **kwargs)
         outputs, others = pick_stream(self.name, outputs, self.result, z, before)
         t = OnGrid.apply(outputs, self.rule.grid)
         return forecast, t, self.predictor.after(t) if coupled else None, others
