@@ -16,12 +16,14 @@ import math
 import re
 import statistics
 import sys
+import time
 from functools import partial
 from typing import Any
 
 import torch
 from common import Results
-from networks import NETWORKS, Network
+from more_networks import MORE
+from networks import NETWORKS, Example, Network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,66 +33,74 @@ from revify.measuring.memory import count_memory
 from revify.tables import group_reasons
 
 COLUMNS = {
-    "package": 12, "network": 18, "stages": 20, "plain MB": 8, "ckpt MB": 8, "ours MB": 8, "to ckpt": 7, "predicted": 9,
-    "gradients": 10, "what": 60,
+    "package": 15, "network": 26, "stages": 20, "plain MB": 8, "ckpt MB": 8, "ours MB": 8, "to ckpt": 7, "4 bits": 7,
+    "predicted": 9, "gradients": 10, "plan CPU s": 10, "what": 60,
 }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks or packages, all by default")
-    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--into", default="architectures", help="the results' name")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(options.into, COLUMNS)
-    ratios, predicted = [], []
-    for network in NETWORKS:
+    ratios, fewer, predicted, seconds = [], [], [], []
+    for network in (*NETWORKS, *MORE):
         if options.names and not {network.name, network.package} & set(options.names):
             continue
         try:
-            found = row(network, options.bits)
+            found = row(network)
         except Exception as error:  # of a network of others, or of revify: the row says which, and the others follow
-            found = ("", "", "", "", "", "", "ERROR", f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
+            said = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+            found = ("", "", "", "", "", "", "", "ERROR", "", said)
         results.row(network.package, network.name, *found)
         if isinstance(found[4], float):
             ratios.append(found[4])
-            predicted.append(found[5])
-        results.failed += found[6] in ("DIFFERENT", "ERROR")
+            fewer.append(found[5])
+            predicted.append(found[6])
+        seconds += [found[8]] if isinstance(found[8], float) else []
+        results.failed += found[7] in ("DIFFERENT", "ERROR")
     if ratios:
         mean = math.exp(statistics.fmean(map(math.log, ratios)))
         results.say(f"\n{len(ratios)} of {len(results.rows)} converted")
         results.say(f"peak to checkpointing of the named blocks: geometric mean {mean:.3f}, most {max(ratios):.3f}")
+        results.say(
+            f"the same at 4 bits: {math.exp(statistics.fmean(map(math.log, fewer))):.3f}, most {max(fewer):.3f}"
+        )
+        results.say(f"CPU seconds to plan: median {statistics.median(seconds):.2f}, most {max(seconds):.1f}")
         middle = statistics.median(predicted)
         results.say(f"predicted to measured peak: median {middle:.3f}, {min(predicted):.2f} to {max(predicted):.2f}")
     return results.write()
 
 
-def row(network: Network, bits: int) -> tuple[Any, ...]:
+def row(network: Network) -> tuple[Any, ...]:
     """What was found out about one network, in the order of the columns."""
     torch.manual_seed(0)
     try:
         plain, example = network.make()
     except ImportError as error:
-        return ("", "", "", "", "", "", "", f"missing: {error}")
+        return ("", "", "", "", "", "", "", "missing", "", str(error))
     plain.train()
     rival, named = checkpointed(plain, network.blocks)
+    began = time.process_time()
     try:
-        plan = revify.plan(plain, example, bits=bits)
+        plan = revify.plan(plain, example)
     except revify.RevifyError as error:
-        return ("", "", "", "", "", "", "", f"refused: {error}"[:300])
-    stages = "-".join(str(len(stage.steps)) for stage in plan.stages)
+        return ("", "", "", "", "", "", "", "refused", "", str(error).replace("\n", " ")[:300])
+    seconds = round(time.process_time() - began, 2)
+    stages = "-".join(str(stage.length) for stage in plan.stages)
     what = f"{named} blocks named; {kinds(plan)}"
     plain_peak, rival_peak = peak(plain, example), peak(rival, example)
     shown = [round(plain_peak / 1e6, 3), round(rival_peak / 1e6, 3)]
     if not plan.stages:
         reasons = "; ".join(f"{paths}: {reason}" for reason, paths in group_reasons(plan.refusals).items())
-        return ("", *shown, "", "", "", "refused", f"{what}; {reasons}"[:400])
+        return ("", *shown, "", "", "", "", "refused", seconds, f"{what}; {reasons}"[:400])
     converted = revify.convert(plain, plan=plan)
     same = gradients_are_equal(converted, example)
-    ours = peak(converted, example)
-    ratio, predicted = ours / rival_peak, plan.predicted_bytes / ours
-    return (stages, *shown, round(ours / 1e6, 3), ratio, predicted, "same" if same else "DIFFERENT", what)
+    ours, at_4_bits = peak(converted, example), peak(revify.convert(plain, example, bits=4), example)
+    ratios = round(ours / rival_peak, 3), round(at_4_bits / rival_peak, 3), round(plan.predicted_bytes / ours, 3)
+    return (stages, *shown, round(ours / 1e6, 3), *ratios, "same" if same else "DIFFERENT", seconds, what)
 
 
 def kinds(plan: revify.Plan) -> str:
@@ -110,18 +120,23 @@ def checkpointed(model: nn.Module, patterns: tuple[str, ...]) -> tuple[nn.Module
     return copied, len(blocks)
 
 
-def peak(model: nn.Module, example: tuple[Tensor, ...]) -> int:
+def peak(model: nn.Module, example: Example) -> int:
     """The most that one training step allocates, once the gradients are there."""
 
     def forward() -> Tensor:
-        return mean_square(model(*example))
+        return loss_of(model, example)
 
     torch.manual_seed(1)
     torch.autograd.backward(forward())
     return count_memory(forward, torch.device("cpu")).peak
 
 
-def gradients_are_equal(model: nn.Module, example: tuple[Tensor, ...]) -> bool:
+def loss_of(model: nn.Module, example: Example) -> Tensor:
+    """A number that every output goes into."""
+    return mean_square(model(**example) if isinstance(example, dict) else model(*example))
+
+
+def gradients_are_equal(model: nn.Module, example: Example) -> bool:
     """Whether the memory-free backward gives the same bits as ordinary autograd on the same model."""
     found = []
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -131,10 +146,10 @@ def gradients_are_equal(model: nn.Module, example: tuple[Tensor, ...]) -> bool:
         torch.manual_seed(1)
         if plain:
             with revify.plain_backward():
-                output = mean_square(model(*example))
+                output = loss_of(model, example)
             output.backward()
         else:
-            output = mean_square(model(*example))
+            output = loss_of(model, example)
             output.backward()
         found.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     return len(found[0]) == len(found[1]) and all(map(torch.equal, *found))

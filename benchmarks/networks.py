@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Maker = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
+Example = tuple[Tensor, ...] | dict[str, Tensor]
+Maker = Callable[[], tuple[nn.Module, Example]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Network:
     blocks: tuple[str, ...]
 
 
-def _images(size: int = 32, batch: int = 1, channels: int = 3) -> tuple[Tensor, ...]:
+def images(size: int = 32, batch: int = 1, channels: int = 3) -> tuple[Tensor, ...]:
     return (torch.rand(batch, channels, size, size),)
 
 
-def _network(
+def network(
     package: str,
     name: str,
     module: str,
@@ -41,10 +42,10 @@ def _network(
 ) -> Network:
     """A class of a module with these options."""
 
-    def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def make() -> tuple[nn.Module, Example]:
         kind = getattr(importlib.import_module(module), cls or name)
         model: nn.Module = kind(**options)
-        return model, (inputs or _images)()
+        return model, (inputs or images)()
 
     return Network(package, name, make, (blocks,) if isinstance(blocks, str) else blocks)
 
@@ -54,7 +55,7 @@ def _spandrel(
 ) -> Network:
     extra = module.split(".")[0] in ("SRFormer", "Restormer", "MPRNet", "M3SNet", "MIRNet2")
     package = "spandrel_extra_arches" if extra else "spandrel"
-    return _network("spandrel", name, f"{package}.architectures.{module}", blocks, inputs, cls, **options)
+    return network("spandrel", name, f"{package}.architectures.{module}", blocks, inputs, cls, **options)
 
 
 WINDOWS = {"img_size": 32, "embed_dim": 24, "depths": [6, 6, 6], "num_heads": [2, 2, 2], "window_size": 8}
@@ -66,7 +67,7 @@ SPANDREL = (
     _spandrel("HAT", "HAT.__arch.HAT", r"layers\.\d+\.residual_group\.blocks\.\d+", squeeze_factor=8, **WINDOWS),
     _spandrel("SRFormer", "SRFormer.__arch.SRFormer", r"layers\.\d+\.residual_group\.blocks\.\d+", **WINDOWS),
     _spandrel(
-        "DAT", "DAT.__arch.DAT", r"layers\.\d+\.blocks\.\d+", lambda: _images(batch=2), split_size=[4, 8], **GROUPED
+        "DAT", "DAT.__arch.DAT", r"layers\.\d+\.blocks\.\d+", lambda: images(batch=2), split_size=[4, 8], **GROUPED
     ),
     _spandrel("RGT", "RGT.__arch.rgt", r"layers\.\d+\.blocks\.\d+", split_size=[4, 8], **GROUPED),
     _spandrel("ATD", "ATD.__arch.atd_arch", r"layers\.\d+\.residual_group\.layers\.\d+", **WINDOWS),
@@ -123,9 +124,7 @@ SPANDREL = (
         block_num=2,
     ),
     _spandrel("Restormer", "Restormer.__arch.restormer_arch", r"\w+\.\d+", dim=12, num_blocks=[2, 2, 2, 3]),
-    _spandrel(
-        "Uformer", "Uformer.__arch.Uformer", r"\w+\.blocks\.\d+", lambda: _images(128), img_size=128, embed_dim=8
-    ),
+    _spandrel("Uformer", "Uformer.__arch.Uformer", r"\w+\.blocks\.\d+", lambda: images(128), img_size=128, embed_dim=8),
     _spandrel(
         "NAFNet",
         "NAFNet.__arch.NAFNet_arch",
@@ -135,7 +134,7 @@ SPANDREL = (
         enc_blk_nums=[2, 2, 4],
         dec_blk_nums=[2, 2, 2],
     ),
-    _spandrel("SCUNet", "SCUNet.__arch.SCUNet", r"m_\w+\.\d+", lambda: _images(64), dim=16, input_resolution=64),
+    _spandrel("SCUNet", "SCUNet.__arch.SCUNet", r"m_\w+\.\d+", lambda: images(64), dim=16, input_resolution=64),
     _spandrel(
         "RetinexFormer",
         "RetinexFormer.__arch.retinexformer_arch",
@@ -174,7 +173,7 @@ _IMAGE = {"image_size": 32, "patch_size": 4, "num_classes": 10}
 def _vit(
     name: str, module: str, blocks: str | tuple[str, ...], inputs: Any = None, cls: str = "", **options: Any
 ) -> Network:
-    return _network("vit-pytorch", name, f"vit_pytorch.{module}", blocks, inputs, cls, **options)
+    return network("vit-pytorch", name, f"vit_pytorch.{module}", blocks, inputs, cls, **options)
 
 
 LAYER = r"transformer\.layers\.\d+\.[01]"
@@ -223,7 +222,7 @@ VIT_PYTORCH = (
         "MaxViT",
         "max_vit",
         r"layers\.\d+\.\d+",
-        lambda: _images(64),
+        lambda: images(64),
         num_classes=10,
         dim_conv_stem=16,
         dim=16,
@@ -236,7 +235,7 @@ VIT_PYTORCH = (
         "CCT",
         "cct",
         r"classifier\.blocks\.\d+\.[0-3]",
-        lambda: _images(32),
+        lambda: images(32),
         img_size=32,
         embedding_dim=48,
         n_conv_layers=1,
@@ -253,7 +252,7 @@ VIT_PYTORCH = (
         "PiT",
         "pit",
         r"layers\.\d+\.layers\.\d+\.[01]",
-        lambda: _images(32),
+        lambda: images(32),
         image_size=32,
         patch_size=4,
         num_classes=10,
@@ -266,7 +265,7 @@ VIT_PYTORCH = (
         "CvT",
         "cvt",
         r"layers\.\d+\.2\.layers\.\d+\.[01]",
-        lambda: _images(64),
+        lambda: images(64),
         num_classes=10,
         s1_emb_dim=16,
         s2_emb_dim=32,
@@ -277,7 +276,7 @@ VIT_PYTORCH = (
         "CrossFormer",
         "crossformer",
         r"layers\.\d+\.1\.layers\.\d+\.\d",
-        lambda: _images(224),
+        lambda: images(224),
         num_classes=10,
         dim=(16, 16, 32, 32),
         depth=(1, 1, 2, 1),
@@ -286,7 +285,7 @@ VIT_PYTORCH = (
         "TwinsSVT",
         "twins_svt",
         r"layers\.\d+\.\d+\.layers\.\d+\.\d",
-        lambda: _images(64),
+        lambda: images(64),
         num_classes=10,
         s1_emb_dim=16,
         s2_emb_dim=16,
@@ -298,7 +297,7 @@ VIT_PYTORCH = (
         "RegionViT",
         "regionvit",
         r"layers\.\d+\.\d+\.layers\.\d+\.\d",
-        lambda: _images(224),
+        lambda: images(224),
         dim=(16, 16, 32, 32),
         depth=(2, 2, 2, 2),
         window_size=7,
@@ -308,7 +307,7 @@ VIT_PYTORCH = (
         "SepViT",
         "sep_vit",
         r"layers\.\d+\.\d+\.layers\.\d+\.\d",
-        lambda: _images(224),
+        lambda: images(224),
         num_classes=10,
         dim=16,
         dim_head=8,
@@ -319,7 +318,7 @@ VIT_PYTORCH = (
         "ScalableViT",
         "scalable_vit",
         r"layers\.\d+\.0\.layers\.\d+\.\d",
-        lambda: _images(128),
+        lambda: images(128),
         num_classes=10,
         dim=16,
         heads=(1, 1, 2, 2),
@@ -333,7 +332,7 @@ VIT_PYTORCH = (
         "NesT",
         "nest",
         r"layers\.\d+\.0\.layers\.\d+\.\d",
-        lambda: _images(32),
+        lambda: images(32),
         image_size=32,
         patch_size=4,
         num_classes=10,
@@ -346,7 +345,7 @@ VIT_PYTORCH = (
         "MobileViT",
         "mobile_vit",
         r"(stem|trunk)\.\d+\.?\d*",
-        lambda: _images(64),
+        lambda: images(64),
         image_size=(64, 64),
         dims=[24, 32, 40],
         channels=[8, 8, 16, 16, 24, 24, 32, 32, 40, 40, 64],
@@ -356,7 +355,7 @@ VIT_PYTORCH = (
         "CrossViT",
         "cross_vit",
         r".*\.layers\.\d+\.[01]",
-        lambda: _images(96),
+        lambda: images(96),
         image_size=96,
         num_classes=10,
         sm_dim=32,

@@ -114,6 +114,7 @@ class BlockPlan:
             whole is a step, or its branches are.
         inner: the paths of the modules that the steps of such a run call.
         calls: how often it is called in one forward pass.
+        side_bytes: of its other arguments, which live until its backward, where no block before it was given them.
     """
 
     path: str
@@ -130,6 +131,7 @@ class BlockPlan:
     run: Annotated[int, Range(0, 2**16)] | None = None
     inner: tuple[str, ...] = ()
     calls: Annotated[int, Range(1, 2**16)] = 1
+    side_bytes: Bytes = 0
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
@@ -208,8 +210,8 @@ class StagePlan:
 
     @property
     def held_bytes(self) -> int:
-        """What the stage holds for backward: stream values, the bits of each step, and what its blocks keep by themselves."""
-        kept = sum(block.kept_bytes for block in self.blocks)
+        """What it holds for backward: stream values, the bits of steps, other arguments, what blocks keep by themselves."""
+        kept = sum(block.kept_bytes + block.side_bytes for block in self.blocks)
         if self.coupling:
             return self.stream_bytes + kept
         if self.step == "coded":

@@ -675,7 +675,7 @@ class AxesSwappedBetweenTheBlocks(Net):
     APART = ("blocks.*",)
 
     def __init__(self) -> None:
-        super().__init__(*(Mlp(width) for width in (6, 5, 6, 5)))
+        super().__init__(*(Mlp(width) for width in (6, 5, 6, 5, 6, 5)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -745,7 +745,7 @@ class StreamIsQueryKeyAndValue(Net):
 
 APART: dict[type[Net], tuple[int, ...]] = {
     PositionsBetweenTheBlocks: (4,),
-    AxesSwappedBetweenTheBlocks: (2, 2),
+    AxesSwappedBetweenTheBlocks: (3, 3),
     LoopThatOnlyARunShows: (4,),
     OneBlockAsOftenAsTheDataSay: (4,),
     StreamIsQueryKeyAndValue: (4,),

@@ -9,6 +9,7 @@ from torch import nn
 
 from revify.couplings.shipped import additive
 from revify.methods import Method
+from revify.planning.apart import find_apart
 from revify.planning.blocks import find_blocks
 from revify.planning.branching import cut_blocks
 from revify.planning.choosing import Run, choose_stages
@@ -19,6 +20,7 @@ from revify.planning.naming import find_named
 from revify.planning.refusals import find_refusals
 from revify.planning.repeating import add_checkpoints
 from revify.planning.stages import Stage, channel_axis, find_runs
+from revify.planning.transitions import find_checkpoints
 from revify.plans import BlockPlan, Plan, Refusal, StagePlan
 from revify.reading.draws import drawing, observe_passes
 from revify.reading.holding import watch_holdings
@@ -26,6 +28,8 @@ from revify.reading.observing import Observation
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
 from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
+
+WORTH_BEING_APART = 0.9  # of the peak without stages whose steps have something between them
 
 
 def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
@@ -57,10 +61,22 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
         stages: tuple[Run, ...] = find_named(method.stages, model, example, observation, graph, coded=coded)
     else:
         chains = find_runs(blocks, graph)
-        runs: tuple[Run, ...] = chains
+        containers: tuple[ContainerRun, ...] = ()
         if method.streams == "full" and not method.is_fitted:
-            runs = (*chains, *find_containers(model, example, observation, graph, chains))
-        stages = choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
+            containers = find_containers(model, example, observation, graph, chains)
+        cut = {run.path for run in containers}
+        apart = find_apart(blocks, chains, cut, observation, graph, modules) if coded else ()
+
+        def chosen(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+            return choose_stages(runs, observation, planned, checkpoints=method.transitions == "checkpoint")
+
+        def predicted(stages: tuple[Run, ...]) -> int:
+            return _predicted(tuple(map(planned, stages)), observation, method)
+
+        stages = chosen((*chains, *containers))
+        if apart:
+            more = chosen((*chains, *containers, *apart))
+            stages = more if predicted(more) < WORTH_BEING_APART * predicted(stages) else stages
     staged = [path for stage in stages for path in stage.paths]
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, Mapping) else None
@@ -97,6 +113,13 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     return plan
 
 
+def _predicted(stages: tuple[StagePlan, ...], observation: Observation, method: Method) -> int:
+    """The peak of a plan with these stages."""
+    plan = Plan("", None, (), 0, method.transitions, stages, (), (), observation.saved_bytes, "")
+    checkpointed = find_checkpoints(observation, plan) if stages and method.transitions == "checkpoint" else ()
+    return replace(plan, checkpointed=checkpointed).predicted_bytes
+
+
 def _with_holdings(plan: Plan, model: nn.Module, example: Example) -> Plan:
     """The plan with what its blocks keep by themselves."""
     with drawing(None):
@@ -118,11 +141,10 @@ def _explained(refusals: tuple[Refusal, ...], skipped: frozenset[str]) -> tuple[
 
 
 def _stage_plan(run: Run, method: Method, axis: int | None, observation: Observation) -> StagePlan:
-    dtype = run.dtype if isinstance(run, ContainerRun) else run.blocks[0].call.dtype
     return StagePlan(
         blocks=(_container_plan(run),) if isinstance(run, ContainerRun) else _block_plans(run),
         shape=run.shape,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(run.dtype).removeprefix("torch."),
         stream_bytes=run.stream_bytes,
         bits=method.first_bits,
         predictor=method.first_predictor,
@@ -138,13 +160,18 @@ def _stage_plan(run: Run, method: Method, axis: int | None, observation: Observa
 def _block_plans(run: Stage) -> tuple[BlockPlan, ...]:
     """The blocks of a run, each once."""
     plans: dict[str, BlockPlan] = {}
+    seen = {block.stream.key for block in run.blocks}
     for block in run.blocks:
         call, known = block.call, plans.get(block.call.path)
+        side = {i.key: i.bytes for i in call.inputs if i.key not in seen}
+        seen |= side.keys()
         argument, shortcut = block.stream.argument, block.shortcut.value
         new = BlockPlan(call.path, call.kind, argument, shortcut, call.saved_bytes, result=block.result)
-        plans[call.path] = (
-            replace(known, saved_bytes=known.saved_bytes + call.saved_bytes, calls=known.calls + 1) if known else new
-        )
+        new = replace(new, side_bytes=sum(side.values()))
+        if known is not None:
+            sums = known.saved_bytes + new.saved_bytes, known.side_bytes + new.side_bytes
+            new = replace(known, saved_bytes=sums[0], side_bytes=sums[1], calls=known.calls + 1)
+        plans[call.path] = new
     return tuple(plans.values())
 
 

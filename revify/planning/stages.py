@@ -6,11 +6,13 @@ Which of them are the stages is decided by what the whole plan would hold (`choo
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from revify.planning.blocks import ResidualBlock
@@ -42,11 +44,7 @@ class Stage:
     @property
     def stream_bytes(self) -> int:
         """Bytes of one stream value, which is held in float32 or longer."""
-        elements = 1
-        for size in self.blocks[0].call.shape:
-            elements *= size
-        dtype = self.blocks[0].call.dtype
-        return elements * max(4, dtype.itemsize if dtype else 4)
+        return math.prod(self.shape) * max(4, self.dtype.itemsize)
 
     @property
     def saved_bytes(self) -> int:
@@ -86,7 +84,12 @@ class Stage:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the stream."""
-        return self.blocks[0].call.shape
+        return self.blocks[0].stream.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream."""
+        return self.blocks[0].stream.dtype
 
     def part(self, first: int, last: int) -> Stage:
         """The blocks from the first up to, but without, the last."""

@@ -138,6 +138,32 @@ def find_shortcut(x: Any, y: Any, modules: dict[str, nn.Module]) -> Shortcut | N
     return None
 
 
+def follows(x: fx.Node, y: fx.Node, modules: dict[str, nn.Module], *, added: bool) -> bool:
+    """Whether y is x after sums, moves, scales, norms and activations only.
+
+    Args:
+        x: a value.
+        y: a later one.
+        modules: of the graph, by path.
+        added: whether something must have been added on the way, and the norms and activations come behind that.
+    """
+    seen: set[tuple[fx.Node, bool]] = set()
+    pending = [(y, not added)]
+    while pending:
+        node, found = pending.pop()
+        if node is x:
+            if found:
+                return True
+        elif (node, found) not in seen:
+            seen.add((node, found))
+            role, operands = role_of(node, modules), node.all_input_nodes
+            if role in (Role.ADD, Role.MOVE, Role.SCALE):
+                pending += [(n, found or role is Role.ADD) for n in operands]
+            elif role in BEFORE_AN_ADDITION:
+                pending += [(n, found and not added) for n in operands[:1]]
+    return False
+
+
 def _weight(shortcut: Shortcut) -> int:
     return list(Shortcut).index(shortcut)
 
@@ -161,7 +187,7 @@ def tells_no_values(node: fx.Node) -> bool:
 def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> Role:
     """What a node does to values."""
     if node.op == "call_module":
-        return _module_role(modules[str(node.target)])
+        return role_of_module(modules[str(node.target)])
     if node.target in SUMS and node.args and getattr(node.args[0], "target", None) is torch.stack:
         return Role.ADD
     if node.target in ROLES:
@@ -169,7 +195,7 @@ def role_of(node: fx.Node, modules: dict[str, nn.Module]) -> Role:
     return Role.MOVE if _is_timm_function(node.target) else Role.OTHER
 
 
-def _module_role(module: nn.Module) -> Role:
+def role_of_module(module: nn.Module) -> Role:
     """What a layer does, guessed from where its class is defined.
 
     A wrong guess is harmless: blocks are proven by running them, so it costs a refusal, or is seen there.

@@ -88,7 +88,7 @@ def install_plan(
     """Do what the plan says to the model itself; after an error it is as it was. Arguments as for `apply_plan`."""
     check_fits(model, plan)
     with _unless_it_fails(model):
-        for stage in plan.stages:
+        for stage in sorted(plan.stages, key=lambda stage: stage.within is not None):  # forwards are cut first
             if stage.coupling:
                 _install_halves(model, stage, plan)
             elif stage.step == "coded":

@@ -68,7 +68,4 @@ def programmed(container: nn.Module, block: BlockPlan) -> Programmed:
             f"the plan cuts the forward of {block.path or 'the model'} into {len(block.branch_bytes)} additions, but it has "
             f"{found}. The plan was made for another version of it: make one with revify.plan(model)."
         )
-    made = Programmed(container, block.path or "the forward of the model", program)
-    if isinstance(known, Opening):
-        made.own, made.rules = known.own, known.rules
-    return made
+    return Programmed(container, block.path or "the forward of the model", program)
