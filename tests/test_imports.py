@@ -15,7 +15,17 @@ PACKAGE = Path(revify.__file__).parent
 
 HEAVY = ("timm", "torchvision", "accelerate", "sklearn", "matplotlib", "torch.distributed.fsdp", "torch._dynamo")
 
-ROOMS = ("calibration", "couplings", "finetuning", "measuring", "planning", "reading", "rewriting", "runtime")
+ROOMS = (
+    "calibration",
+    "couplings",
+    "finetuning",
+    "integrations",
+    "measuring",
+    "planning",
+    "reading",
+    "rewriting",
+    "runtime",
+)
 
 MAY_IMPORT = {
     # beside itself, revify.errors, revify.words and revify._version
