@@ -29,6 +29,21 @@ class Memory:
     held: int
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The state of a CPU's allocator just after it gave out or took back memory.
+
+    Args:
+        nanoseconds: when, on the profiler's clock.
+        allocated: bytes above what was allocated before the step.
+        backward: whether the forward pass is over.
+    """
+
+    nanoseconds: int
+    allocated: int
+    backward: bool
+
+
 def count_memory(forward: Callable[[], Tensor], device: torch.device) -> Memory:
     """Run `forward` and the backward of the loss it returns; count what the device's allocator gives out."""
     gc.collect()
@@ -53,6 +68,17 @@ def _count_cuda(forward: Callable[[], Tensor], device: torch.device) -> Memory:
 
 
 def _count_cpu(forward: Callable[[], Tensor]) -> Memory:
+    moments = follow_memory(forward)
+    held = [moment.allocated for moment in moments if not moment.backward]
+    return Memory(max((moment.allocated for moment in moments), default=0), held[-1] if held else 0)
+
+
+def follow_memory(forward: Callable[[], Tensor]) -> list[Moment]:
+    """Run `forward` and the backward of the loss it returns on the CPU; what is allocated all the way.
+
+    Raises:
+        RevifyError: the profiler saw nothing.
+    """
     with (
         _quiet_profiler(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record,
@@ -65,14 +91,15 @@ def _count_cpu(forward: Callable[[], Tensor]) -> Memory:
     if kineto is None:
         raise RevifyError("measure: the profiler returned no events, so memory on the CPU cannot be counted.")
     events = [event for event in kineto.events() if event.name() in ("[memory]", _FORWARD_DONE)]
-    running = peak = held = 0
+    allocated, backward = 0, False
+    moments = []
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == _FORWARD_DONE:
-            held = running
+            backward = True
         else:
-            running += event.nbytes()
-            peak = max(peak, running)
-    return Memory(peak, held)
+            allocated += event.nbytes()
+            moments.append(Moment(event.start_ns(), allocated, backward))
+    return moments
 
 
 @contextmanager
