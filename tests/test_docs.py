@@ -31,12 +31,13 @@ def test_docstrings(name: str) -> None:
     assert runner.failures == 0
 
 
-def test_readme() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
-    namespace: dict[str, object] = {"__name__": "readme"}
+@pytest.mark.parametrize("page", ["README.md", "docs/guides.md"])
+def test_pages(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page, "exec"), namespace)
 
 
 def test_the_architecture_names_every_room_and_no_file_that_is_not_there() -> None:
