@@ -49,7 +49,7 @@ def plan(
             types matter. Without it, two images of the size in the model's timm configuration.
         method: what is asked for, as one record: one of `revify.presets`, or your own.
         options: the same as keywords, which go before those of `method`: predictor, bits, sign, unit, grid, transitions,
-            streams, coupling, step, stages; see `Method`.
+            streams, coupling, step, stages, budget; see `Method`.
 
     Returns:
         The plan: stages, what is checkpointed, refusals, saved bytes. It prints as a table.
@@ -60,7 +60,7 @@ def plan(
     """
     asked = Method.of(method, **options).settled(with_images=False)
     check_model(model)
-    return make_plan(model, example_inputs(model, example), asked)
+    return make_plan(model, example_inputs(model, example), asked, predicted=True)
 
 
 def convert(
@@ -231,7 +231,7 @@ class _Settled(NamedTuple):
     """What is to be done to a model.
 
     Args:
-        plan: with at least one stage.
+        plan: with a stage, or something that is checkpointed.
         forecasts: what was fitted, by block path.
     """
 
@@ -253,7 +253,7 @@ def _settle(
     batches = _batches(model, calibration, needless=trainable or fitting != Fitting())
     shown = batches[0].example if example is None and batches else example
     plan = plan or make_plan(model, example_inputs(model, shown), asked)
-    if not plan.stages:
+    if not (plan.stages or plan.checkpointed) or (batches and not plan.stages):
         raise _nothing_to_convert(model, plan)
     return _Settled(*fit_plan(model, plan, batches, asked, fitting)) if batches else _Settled(plan, {})
 

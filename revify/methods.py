@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, get_args
@@ -26,6 +27,10 @@ from revify.words import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(|b|[kmgt]i?b)\s*", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")
+}
 DEFAULT_BITS = {"coded": 8, "recurrence": 4}
 
 
@@ -43,6 +48,7 @@ class Options(TypedDict, total=False):
     step: StepName | None
     stages: Sequence[str] | None
     guard: Guard | None
+    budget: int | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +90,9 @@ class Method:
         guard: in what a second run must repeat the first: bits (the default), so that gradients which are not those of
             ordinary autograd are an error; or shapes, for kernels that do not repeat to the bit (cudnn.benchmark, atomic
             additions). Coded steps only: their stream is exact all the same, and gradients differ by what kernels differ.
+        budget: the most memory that a training step may allocate at a time, beside parameters, their gradients and inputs:
+            bytes, or a text such as 6GiB or 500MB; the plan is the fastest that fits. With min it is the one that needs
+            least. Of blocks and of what lies outside of stages it may keep some, run some again and code the others.
         reference: where the method was published.
         differs: what the publication does that this does not, or the other way round.
 
@@ -102,6 +111,7 @@ class Method:
     step: StepName | None = None
     stages: Sequence[str] | None = None
     guard: Guard = "bits"
+    budget: int | str | None = None
     reference: str = ""
     differs: str = ""
 
@@ -120,6 +130,8 @@ class Method:
                 'guard="shapes" is for coded steps: a recurrence has its stream from what runs again, so that what does not '
                 'repeat to the bit would spoil it. Use step="coded".'
             )
+        if self.budget is not None:
+            self._check_budget()
 
     @classmethod
     def of(cls, method: Method | None = None, **options: Unpack[Options]) -> Method:
@@ -180,6 +192,22 @@ class Method:
         balances = plain and self.first_predictor == "identity" and self.first_bits > 0
         return self.sign or ("balanced" if balances else "positive")
 
+    @property
+    def bytes_allowed(self) -> int | Literal["min"] | None:
+        """The budget in bytes, "min", or None.
+
+        Raises:
+            RevifyError: it is a text that says neither.
+        """
+        if self.budget is None or self.budget == "min" or (_is_whole(self.budget, 2**62)):
+            return cast(int | Literal["min"] | None, self.budget)
+        found = _SIZE.fullmatch(self.budget) if isinstance(self.budget, str) else None
+        if found is None:
+            raise RevifyError(
+                f'budget={self.budget!r} is no size: give bytes, a text such as "6GiB", "500MB" or "1.5e9", or "min".'
+            )
+        return int(float(found[1]) * _UNITS[found[2].lower()])
+
     def _check_values(self) -> None:
         if self.stages is not None:
             named = () if isinstance(self.stages, str) else tuple(self.stages)
@@ -221,6 +249,15 @@ class Method:
             raise RevifyError(
                 'step="coded" has 2 to 8 bits and no predictor, sign, grid, images or split streams: these belong to '
                 'step="recurrence". Leave one out.'
+            )
+
+    def _check_budget(self) -> None:
+        if self.bytes_allowed != "min" and int(self.bytes_allowed or 0) <= 0:
+            raise RevifyError(f"budget={self.budget!r}: a training step needs memory. Give a number of bytes above 0.")
+        if self.streams == "split" or self.is_fitted:
+            raise RevifyError(
+                "budget= is for full streams without images: what is split, or fitted, is another function at each budget. "
+                "Leave one out."
             )
 
     def _check_split(self) -> None:

@@ -96,7 +96,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _reader(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
     """What makes a value of a word; words that must be among some are checked by the record."""
-    if int in kinds:
+    if int in kinds and str not in kinds:
         return int if len(kinds) == 1 else whole_or_auto
     known = [kind for kind in (float, Path) if kinds == (kind,)]
     return known[0] if known else str
@@ -105,4 +105,6 @@ def _reader(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
 def _metavar(kinds: tuple[Any, ...]) -> str:
     if get_origin(kinds[0]) is Literal:
         return "NAME"
+    if str in kinds and int in kinds:
+        return "BYTES"
     return {int: "N", float: "X", Path: "FILE"}.get(kinds[0], "NAME")

@@ -56,6 +56,8 @@ def stage_faults(stage: StagePlan) -> Iterator[str]:
         yield "where a block is called several times, the stage names the module in whose calls its blocks form a pass"
     if stage.within is not None and any(block.steps != (block.path,) for block in stage.blocks):
         yield "blocks with something between them are steps as a whole"
+    if any(block.mode is not None for block in stage.blocks) and (stage.step != "coded" or stage.within is not None):
+        yield "only blocks of coded stages, with nothing between them, are kept, or run again, one by one"
     if stage.predictor != "lowrank" and stage.rank:
         yield "only a low-rank predictor has a rank"
 
@@ -66,10 +68,25 @@ def plan_faults(plan: Plan) -> Iterator[str]:
     yield from (f"the block {path!r} is in it {count} times" for (path, _), count in blocks.items() if count > 1)
     if plan.guard == "shapes" and any(stage.step != "coded" for stage in plan.stages):
         yield "only coded steps may be compared in shapes"
-    paths = {path for stage in plan.stages for path in stage.paths}
+    stepped = {path for stage in plan.stages for block in stage.blocks if block.mode is None for path in block.paths}
+    again = {path for checkpoint in plan.checkpointed for path in checkpoint.paths}
     for checkpoint in plan.checkpointed:
         if checkpoint.after > len(plan.stages):
             yield f"{checkpoint.path!r} is checkpointed after stage {checkpoint.after}, but there are {len(plan.stages)}"
-        for path in checkpoint.paths:
-            if path in paths:
-                yield f"{path!r} is checkpointed and a block of a stage"
+    for path in sorted(again):
+        if not stepped.isdisjoint(_with_parents(path)):
+            yield f"{path!r} is checkpointed and a block of a stage, or lies in one"
+        if not again.isdisjoint(_with_parents(path)[:-1]):
+            yield f"{path!r} is checkpointed, and so is a module that it lies in"
+    for path in sorted(stepped):
+        if not again.isdisjoint(_with_parents(path)):
+            yield f"{path!r} is a block of a stage and lies in a module that is checkpointed"
+    for block in (block for stage in plan.stages for block in stage.blocks if block.mode == "recompute"):
+        if any(again.isdisjoint(_with_parents(path)) for path in block.paths):
+            yield f"{block.path!r} is to run again, but is in nothing that is checkpointed"
+
+
+def _with_parents(path: str) -> list[str]:
+    """A path, and before it those of the modules that it lies in, but for the root."""
+    parts = path.split(".")
+    return [".".join(parts[: number + 1]) for number in range(len(parts))]

@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import groupby
 from typing import Annotated
 
 import torch
 
 from revify.couplings.formulas import Formula
 from revify.errors import RevifyError
+from revify.estimates import THIS_PLAN, Frontier, Point
 from revify.old_plans import as_written_now
 from revify.plan_faults import block_faults, plan_faults, stage_faults
 from revify.reading.roles import Shortcut
@@ -20,7 +22,7 @@ from revify.records import STORED, Among, FaultError, Prose, Range, parse, plain
 from revify.runtime.codes import code_bytes
 from revify.runtime.grid import Grid
 from revify.tables import draw_plan
-from revify.words import CALIBRATED, FIXED, FORMERLY_BALANCED, MAX_BITS, MAX_GRID, SIGNS, STEPS
+from revify.words import CALIBRATED, FIXED, FORMERLY_BALANCED, MAX_BITS, MAX_GRID, MODES, SIGNS, STEPS
 
 FORMAT = 1
 
@@ -115,6 +117,8 @@ class BlockPlan:
         inner: the paths of the modules that the steps of such a run call.
         calls: how often it is called in one forward pass.
         side_bytes: of its other arguments, which live until its backward, where no block before it was given them.
+        mode: "keep" leaves it to ordinary autograd, "recompute" runs it again from an input that is held, as part of what the
+            plan checkpoints; None makes it a step of its stage. Between blocks that are no steps, a stage begins anew.
     """
 
     path: str
@@ -132,6 +136,7 @@ class BlockPlan:
     inner: tuple[str, ...] = ()
     calls: Annotated[int, Range(1, 2**16)] = 1
     side_bytes: Bytes = 0
+    mode: Annotated[str, Among(MODES)] | None = None
 
     def faults(self) -> Iterator[str]:
         """What does not go together, in sentences."""
@@ -209,14 +214,21 @@ class StagePlan:
         return sum(block.saved_bytes for block in self.blocks)
 
     @property
+    def runs(self) -> tuple[tuple[BlockPlan, ...], ...]:
+        """Its blocks that are steps, in runs with no other block between them."""
+        return tuple(tuple(run) for stepped, run in groupby(self.blocks, lambda block: block.mode is None) if stepped)
+
+    @property
     def held_bytes(self) -> int:
         """What it holds for backward: stream values, the bits of steps, other arguments, what blocks keep by themselves."""
-        kept = sum(block.kept_bytes + block.side_bytes for block in self.blocks)
+        kept = sum(block.kept_bytes + block.side_bytes for run in self.runs for block in run)
         if self.coupling:
             return self.stream_bytes + kept
         if self.step == "coded":
-            code = code_bytes(self.shape, self.bits) * (self.length - 1)
-            return math.prod(self.shape) * getattr(torch, self.dtype).itemsize + code + kept
+            codes = sum(len(block.steps) * block.calls for run in self.runs for block in run) - len(self.runs)
+            value = math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+            kept += sum(block.saved_bytes for block in self.blocks if block.mode == "keep")
+            return value * len(self.runs) + code_bytes(self.shape, self.bits) * codes + kept
         elements = self.stream_bytes // self.element_bytes
         values = (3 if self.copied else 2) * self.stream_bytes
         return values + kept + sum(elements * bits // 8 for bits in self.step_bits[1:])
@@ -249,7 +261,8 @@ class StagePlan:
         """What one step saves at most while it runs again."""
         if self.coupling:
             return max(branch.saved_bytes for block in self.blocks for branch in block.split_branches)
-        return max(max(block.branch_bytes, default=block.saved_bytes // block.calls) for block in self.blocks)
+        stepped = (block for run in self.runs for block in run)
+        return max((max(block.branch_bytes, default=block.saved_bytes // block.calls) for block in stepped), default=0)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -301,6 +314,8 @@ class Plan:
         refusals: what looks like a block and is left as it is.
         saved_bytes: what plain autograd saves for the example.
         traced: how the structure was found: "whole" or, where the whole model cannot be traced, why not.
+        points: peak and time of a training step, predicted: plain, checkpointed, of this plan, and of others on the way from
+            the least to the fastest; empty where nothing was predicted.
         unmeasured: where the grid was to be chosen, why nothing could be measured for that; else "".
         guard: in what second runs are compared with the first, "bits" or "shapes".
         couplings: formulas of your own that the stages name. They live in this process only: a plan that went through JSON
@@ -319,6 +334,7 @@ class Plan:
     traced: Prose
     unmeasured: Prose = ""
     guard: Annotated[str, Among(("bits", "shapes"))] = "bits"
+    points: tuple[Point, ...] = field(default=(), compare=False)
     couplings: tuple[Formula, ...] = field(default=(), compare=False, repr=False, metadata={STORED: False})
 
     def faults(self) -> Iterator[str]:
@@ -346,9 +362,18 @@ class Plan:
 
     @property
     def predicted_bytes(self) -> int:
-        """The most that is held for backward at a time: what nothing drops, what was held so far, and what runs again."""
+        """The most that is held for backward at a time: what nothing drops, what was held so far, and what runs again.
+
+        Where the plan's points tell more, which also know of gradients and of what kernels take, the peak that they tell.
+        """
+        own = [point.peak for point in self.points if point.name == THIS_PLAN]
+        return own[0] if own else self._held_at_most
+
+    @property
+    def _held_at_most(self) -> int:
         held = self.saved_bytes
-        held -= sum(stage.saved_bytes for stage in self.stages) + sum(c.saved_bytes for c in self.checkpointed)
+        stepped = sum(block.saved_bytes for stage in self.stages for block in stage.blocks if block.mode != "recompute")
+        held -= stepped + sum(c.saved_bytes for c in self.checkpointed)
         peak = held
         for number, stage in enumerate((*self.stages, None)):
             for checkpoint in (c for c in self.checkpointed if c.after == number):
@@ -358,6 +383,19 @@ class Plan:
                 held += stage.held_bytes
                 peak = max(peak, held + stage.largest_block_bytes)
         return peak
+
+    def frontier(self) -> Frontier:
+        """Time against memory: what the fastest plan takes at each of some budgets, with plain and checkpointed beside.
+
+        Raises:
+            RevifyError: the plan was made by `convert`, or by a version that predicted nothing.
+        """
+        if not self.points:
+            raise RevifyError(
+                "this plan has no predictions: make one with revify.plan(model, example), without split streams and "
+                "fitted predictors."
+            )
+        return Frontier(self.model, self.points)
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` reads it back."""

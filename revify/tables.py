@@ -56,6 +56,12 @@ def _row(number: int, stage: StagePlan, plan: Plan) -> tuple[str, ...]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     """What is said of the plan as a whole, below its table."""
+    if not plan.stages:
+        yield "no stage: nothing here is undone step by step; what is checkpointed runs again from an input that is held"
+    for number, stage in enumerate(plan.stages):
+        for mode, words in (("keep", "kept by ordinary autograd"), ("recompute", "running again from an input")):
+            if those := [block.path for block in stage.blocks if block.mode == mode]:
+                yield f"stage {number}, {words}: {printable(', '.join(those))}"
     for c in plan.checkpointed:
         yield f"checkpointed: {printable(', '.join(c.paths))} ({c.saved_bytes / 2**20:.1f} MiB)"
     for reason, paths in group_reasons(plan.refusals).items():
@@ -64,6 +70,9 @@ def _notes(plan: Plan) -> Iterator[str]:
         f"saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
         f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
     )
+    if plan.points:
+        told = (f"{p.name} {p.peak / 2**20:.1f} MiB, {p.time:.2f} of plain's time" for p in plan.points[:3])
+        yield f"one training step, predicted: {printable('; '.join(told))}"
     if any(b.shortcut == "post-activation" for stage in plan.stages if stage.coupling for b in stage.blocks):
         yield "the activations after the additions go into the branches, and once to the end of each stage"
     on_grid = [stage for stage in plan.stages if stage.step == "recurrence"]

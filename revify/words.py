@@ -7,6 +7,7 @@ from typing import Literal
 FIXED = ("identity", "midpoint", "zero", "output")
 CALIBRATED = ("diagonal", "lowrank", "linear_z", "linear")
 STEPS = ("coded", "recurrence")
+MODES = ("keep", "recompute")  # of a block of a stage that is none of its steps
 SIGNS = ("positive", "balanced", "random")
 BALANCED = "-++-"  # balanced signs of new plans, over the coupled steps of each stage
 FORMERLY_BALANCED = "+--+"  # those of plans that do not say

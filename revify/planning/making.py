@@ -12,6 +12,7 @@ from revify.methods import Method
 from revify.planning.apart import find_apart
 from revify.planning.blocks import find_blocks
 from revify.planning.branching import cut_blocks
+from revify.planning.budgeting import Subject, fit_into, with_points
 from revify.planning.choosing import Run, choose_stages
 from revify.planning.containers import ContainerRun, find_containers
 from revify.planning.grids import choose_grids, with_grid
@@ -32,13 +33,14 @@ from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
 WORTH_BEING_APART = 0.9  # of the peak without stages whose steps have something between them
 
 
-def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
+def make_plan(model: nn.Module, example: Example, method: Method, *, predicted: bool = False) -> Plan:
     """Analyse a model and say what would be done to it.
 
     Args:
         model: any module; it stays as it is.
         example: its inputs, by position or by keyword.
         method: what is asked for.
+        predicted: whether the plan says what a training step will need and take, which a budget says in any case.
 
     Raises:
         RefusalError: the coupling has no inverse, or cannot be parted into single branches.
@@ -108,9 +110,12 @@ def make_plan(model: nn.Module, example: Example, method: Method) -> Plan:
     elif method.unit == "branch":
         with drawing(None):
             plan = cut_blocks(plan, model, example, observation)
-    if plan.stages and method.transitions == "checkpoint":
+    subject = Subject(model, example, passes)
+    if method.budget is not None or (not plan.stages and method.transitions == "checkpoint"):
+        return fit_into(plan, subject, method.bytes_allowed)
+    if method.transitions == "checkpoint":
         plan = add_checkpoints(plan, model, example, observation, passes.skipped)
-    return plan
+    return with_points(plan, subject) if predicted and not plan.is_split else plan
 
 
 def _predicted(stages: tuple[StagePlan, ...], observation: Observation, method: Method) -> int:

@@ -41,7 +41,7 @@ def find_refusals(
     refused: dict[str, Refusal] = {}
     for call in observation.calls:
         reused = counts[call.path] > 1 and any(i.shape == call.shape for i in call.inputs)
-        candidate = (reused or _in_sequence(call, modules)) and list(modules[call.path].children())
+        candidate = (reused or in_sequence(call, modules)) and list(modules[call.path].children())
         looks_like_block = call.path in residual or candidate
         covered = call.path in inside | above or any(parent in inside | set(refused) for parent in parents(call.path))
         if looks_like_block and not covered and call.saved_bytes and call.path not in refused:
@@ -57,7 +57,8 @@ def instead(modules: Iterable[nn.Module]) -> str:
     return KEEP_BLOCKS if any(isinstance(module, GraphModule) for module in modules) else "use gradient checkpointing"
 
 
-def _in_sequence(call: Call, modules: dict[str, nn.Module]) -> bool:
+def in_sequence(call: Call, modules: dict[str, nn.Module]) -> bool:
+    """Whether a called module stands beside others in a list."""
     parent = modules[call.path.rpartition(".")[0]]
     return isinstance(parent, nn.Sequential | nn.ModuleList) and len(parent) > 1
 

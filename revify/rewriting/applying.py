@@ -6,7 +6,7 @@ of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from types import MethodType
@@ -92,7 +92,8 @@ def install_plan(
             if stage.coupling:
                 _install_halves(model, stage, plan)
             elif stage.step == "coded":
-                _install_coded(model, stage, plan)
+                for run in stage.runs:
+                    _install_coded(model, stage, run, plan)
             else:
                 _install(model, stage, plan.grid_of(stage), forecasts or {}, trainable)
         for checkpoint in plan.checkpointed:
@@ -112,13 +113,14 @@ def change_bits(model: nn.Module, plan: Plan) -> None:
         plan: like the model's own but for the bits.
     """
     for stage in plan.stages:
-        rule = _coded_rule(stage, plan) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
-        steps = [step for block in stage.blocks for step in _steps(model.get_submodule(block.path), block)]
         opening = None if stage.within is None else vars(model.get_submodule(stage.within)).get("forward")
-        if isinstance(opening, Opening) and isinstance(rule, CodedRule):
-            opening.rules = tuple(rule if known is steps[0].rule else known for known in opening.rules)
-        for step in steps:
-            step.rule = rule
+        for run in stage.runs:
+            rule = _coded_rule(stage, run, plan) if stage.step == "coded" else _rule(stage, plan.grid_of(stage))
+            steps = [step for block in run for step in _steps(model.get_submodule(block.path), block)]
+            if isinstance(opening, Opening) and isinstance(rule, CodedRule):
+                opening.rules = tuple(rule if known is steps[0].rule else known for known in opening.rules)
+            for step in steps:
+                step.rule = rule
     model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
 
 
@@ -207,13 +209,13 @@ def _install(
         _put(module, _standing_in(module, block, container, steps))
 
 
-def _install_coded(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
-    rule = _coded_rule(stage, plan)
+def _install_coded(model: nn.Module, stage: StagePlan, run: Sequence[BlockPlan], plan: Plan) -> None:
+    rule = _coded_rule(stage, run, plan)
     if stage.within is not None:
         _install_apart(model, stage, stage.within, rule)
         return
     index = 0
-    for block in stage.blocks:
+    for block in run:
         module = model.get_submodule(block.path)
         container = None if block.run is None else programmed(module, block)
         steps = tuple(
@@ -250,8 +252,8 @@ def _standing_in(
     return only
 
 
-def _coded_rule(stage: StagePlan, plan: Plan) -> CodedRule:
-    return CodedRule(stage.steps, stage.bits, plan.guard == "bits")
+def _coded_rule(stage: StagePlan, run: Sequence[BlockPlan], plan: Plan) -> CodedRule:
+    return CodedRule(tuple(name for block in run for name in block.steps), stage.bits, plan.guard == "bits")
 
 
 def _rule(stage: StagePlan, grid: Grid) -> StageRule:

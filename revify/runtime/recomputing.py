@@ -94,7 +94,7 @@ class Checkpointed(StandIn):
         section = self._section(args, kwargs)
         if section is None and self.joins:  # the module before it was replaced, or left out: nobody keeps its input
             return self.plain(*args, **kwargs)
-        side = SideInputs.of(args, kwargs) if section is None else SideInputs.of((), {})
+        side = SideInputs.of(args if section is None else args[1:], kwargs)
         device = next((t.device for t in (*side.tensors(), *args) if isinstance(t, Tensor)), None)
         if device is None:
             raise StreamError(f"{self.name} was called without a tensor, so there is nothing to checkpoint it from.")
@@ -111,10 +111,10 @@ class Checkpointed(StandIn):
         return output
 
     def _section(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Section | None:
-        """The one that the module joins; None where its input is not just what the module before it returned."""
+        """The one that the module joins; None where its first argument is not just what the module before it returned."""
         values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         found = [value.__dict__.pop("revify_section", None) for value in values]
-        if len(args) != 1 or kwargs or not found or not found[0]:
+        if not args or not isinstance(args[0], Tensor) or not found[0]:
             return None
         section: Section = found[0]
-        return section if (section.following, section.version) == (self.name, version(values[0])) else None
+        return section if (section.following, section.version) == (self.name, version(args[0])) else None
