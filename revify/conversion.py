@@ -60,7 +60,7 @@ def plan(
     """
     asked = Method.of(method, **options).settled(with_images=False)
     check_model(model)
-    return make_plan(model, example_inputs(model, example), asked, predicted=True)
+    return make_plan(model, example_inputs(model, example), asked, foresees=True)
 
 
 def convert(

@@ -362,15 +362,7 @@ class Plan:
 
     @property
     def predicted_bytes(self) -> int:
-        """The most that is held for backward at a time: what nothing drops, what was held so far, and what runs again.
-
-        Where the plan's points tell more, which also know of gradients and of what kernels take, the peak that they tell.
-        """
-        own = [point.peak for point in self.points if point.name == THIS_PLAN]
-        return own[0] if own else self._held_at_most
-
-    @property
-    def _held_at_most(self) -> int:
+        """The most that is held for backward at a time: what nothing drops, what was held so far, and what runs again."""
         held = self.saved_bytes
         stepped = sum(block.saved_bytes for stage in self.stages for block in stage.blocks if block.mode != "recompute")
         held -= stepped + sum(c.saved_bytes for c in self.checkpointed)
@@ -383,6 +375,11 @@ class Plan:
                 held += stage.held_bytes
                 peak = max(peak, held + stage.largest_block_bytes)
         return peak
+
+    @property
+    def predicted_peak(self) -> int:
+        """The most that a training step allocates at a time, by the plan's points; without them what is held at most."""
+        return next((point.peak for point in self.points if point.name == THIS_PLAN), self.predicted_bytes)
 
     def frontier(self) -> Frontier:
         """Time against memory: what the fastest plan takes at each of some budgets, with plain and checkpointed beside.

@@ -68,7 +68,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"left as it is: {printable(paths)}: {printable(reason, 2000)}"
     yield (
         f"saved for backward: plain {plan.saved_bytes / 2**20:.1f} MiB ({plan.stage_share:.0%} in stages), "
-        f"predicted peak converted {plan.predicted_bytes / 2**20:.1f} MiB"
+        f"predicted peak converted {plan.predicted_peak / 2**20:.1f} MiB"
     )
     if plan.points:
         told = (f"{p.name} {p.peak / 2**20:.1f} MiB, {p.time:.2f} of plain's time" for p in plan.points[:3])

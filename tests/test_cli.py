@@ -178,7 +178,7 @@ def test_the_hub_fails_later(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["plan", *TINY, "--bits", "9"], "bits=9"),
         (["plan", *TINY, "--predictor", "guess"], "identity, midpoint"),
         (["plan", *TINY, "--json", "/nonexistent/plan.json"], "/nonexistent/plan.json cannot be written"),
-        (["convert", "vgg11", "--img-size", "32", "--out", "/nonexistent/x"], "cannot be written"),
+        (["convert", "vgg11", "--img-size", "32", "--out", "/nonexistent/x"], "could not be written"),
         (["convert", *TINY, "--checkpoint", "nowhere.pt", "--out", "x"], "there is no such file"),
         (["convert", *TINY, "--checkpoint", __file__, "--out", "x"], "cannot be read"),
         (["convert", *TINY, "--pretrained", "--checkpoint", "x", "--out", "y"], "give one of them"),

@@ -33,14 +33,14 @@ from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
 WORTH_BEING_APART = 0.9  # of the peak without stages whose steps have something between them
 
 
-def make_plan(model: nn.Module, example: Example, method: Method, *, predicted: bool = False) -> Plan:
+def make_plan(model: nn.Module, example: Example, method: Method, *, foresees: bool = False) -> Plan:
     """Analyse a model and say what would be done to it.
 
     Args:
         model: any module; it stays as it is.
         example: its inputs, by position or by keyword.
         method: what is asked for.
-        predicted: whether the plan says what a training step will need and take, which a budget says in any case.
+        foresees: whether the plan says what a training step will need and take, which a budget says in any case.
 
     Raises:
         RefusalError: the coupling has no inverse, or cannot be parted into single branches.
@@ -115,7 +115,7 @@ def make_plan(model: nn.Module, example: Example, method: Method, *, predicted: 
         return fit_into(plan, subject, method.bytes_allowed)
     if method.transitions == "checkpoint":
         plan = add_checkpoints(plan, model, example, observation, passes.skipped)
-    return with_points(plan, subject) if predicted and not plan.is_split else plan
+    return with_points(plan, subject) if foresees and not plan.is_split else plan
 
 
 def _predicted(stages: tuple[StagePlan, ...], observation: Observation, method: Method) -> int:

@@ -76,11 +76,11 @@ def test_what_is_not_coded_is_the_plain_function() -> None:
 @pytest.mark.parametrize("budget", ["min", 1.5])
 def test_plans_within_a_budget_give_the_same_bits(kind: type[zoo.Net], budget: str | float) -> None:
     model = made(kind)
-    least = revify.plan(model, model.example(), budget="min").predicted_bytes
+    least = revify.plan(model, model.example(), budget="min").predicted_peak
     asked = budget if isinstance(budget, str) else int(budget * least)
     converted = revify.convert(model, model.example(), budget=asked)
     plan = converted.revify_plan
-    assert plan.predicted_bytes <= (2 * least if budget == "min" else asked)
+    assert plan.predicted_peak <= (2 * least if budget == "min" else asked)
     assert Plan.from_json(plan.to_json()) == plan
     assert_same_gradients(converted, inputs_of(model))
 
@@ -110,12 +110,12 @@ def test_the_predicted_peak_is_the_measured_one() -> None:
         converted = revify.convert(model, x, budget=budget)
         converted(x).square().mean().backward()
         found = count_memory(lambda m=converted: m(x).square().mean(), x.device).peak
-        assert abs(converted.revify_plan.predicted_bytes / found - 1) < 0.1
+        assert abs(converted.revify_plan.predicted_peak / found - 1) < 0.1
 
 
 def test_what_does_not_fit_says_the_least_that_would() -> None:
     model = made(zoo.PreNormBlocks)
-    least = revify.plan(model, model.example(), budget="min").predicted_bytes
+    least = revify.plan(model, model.example(), budget="min").predicted_peak
     with pytest.raises(revify.RevifyError, match=r"does not fit into budget=100: .* the least that any plan needs"):
         revify.plan(model, model.example(), budget=100)
     assert least > 100

@@ -55,7 +55,7 @@ def test_models_with_one_block_at_each_width(name: str) -> None:
     """They have no stage; what is worth it runs again all the same."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
     converted = revify.convert(model, x)
     assert converted.revify_plan.stages == ()
     assert converted.revify_plan.checkpointed

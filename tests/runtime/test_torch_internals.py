@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,35 @@ def a_mode_sees_every_operation() -> None:
     assert "aten.add_.Tensor" in seen
 
 
+def operations_of_a_backward_know_those_of_the_forward() -> None:
+    x = torch.ones(2, requires_grad=True)
+    before = torch._C._autograd._get_sequence_nr()
+    y = x.exp()
+    assert before <= y.grad_fn._sequence_nr() < torch._C._autograd._get_sequence_nr()
+    nodes: list[object] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            assert not function._schema.is_mutable
+            if function._overloadpacket is torch.ops.aten.mul:
+                nodes.append(torch._C._current_autograd_node())
+            return function(*args, **(kwargs or {}))
+
+    gradient = torch.ones(2)
+    with Mode():
+        y.backward(gradient)
+    assert nodes == [y.grad_fn]
+
+
+def attention_has_one_kernel_without_a_device() -> None:
+    q = torch.empty(1, 2, 3, 4, device="meta", requires_grad=True)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = attention(q, q, q, 0.0, False, attn_mask=None, scale=None)[0]
+    found.sum().backward()
+    assert (found.shape, q.grad.shape) == (q.shape, q.shape)
+    assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
 RELIED_UPON: dict[str, Callable[[], None]] = {
     "_version": versions_count_changes_in_place,
     "_base": views_know_what_they_are_of,
@@ -220,6 +250,12 @@ RELIED_UPON: dict[str, Callable[[], None]] = {
     "_cache": parametrized_weights_are_cached_in_the_module,
     "_cache_enabled": parametrized_weights_are_cached_in_the_module,
     "_shared_state": accelerate_has_a_state_that_can_be_reset,
+    **dict.fromkeys(
+        ("_autograd", "_get_sequence_nr", "_sequence_nr", "_current_autograd_node", "_schema", "_overloadpacket"),
+        operations_of_a_backward_know_those_of_the_forward,
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu": attention_has_one_kernel_without_a_device,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": attention_has_one_kernel_without_a_device,
     "_reset_state": accelerate_has_a_state_that_can_be_reset,
 }
 PACKAGES = {"_C", "_compile"}  # private packages of torch, whose names are in the table
