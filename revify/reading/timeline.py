@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from revify.reading.tracing import Example, run_copy, tensors_of
+from revify.reading.tracing import Example, call_with, run_copy, tensors_of
 
 FLOPS_A_BYTE = {"cpu": 10.0, "cuda": 60.0}  # about: what is computed in the time in which one byte is moved
 DEPTHWISE_COPIES = 257  # of the weights, in the backward of wide depthwise kernels on a CPU, channels last
@@ -143,7 +142,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch sa
                 module.register_forward_hook(self._leave, always_call=False)
         with self, _FusedAttention(), torch.set_grad_enabled(training):
             with saved_tensors_hooks(self._save, _read):
-                output = model(**example) if isinstance(example, Mapping) else model(*example)
+                output = call_with(model, example)
             self._turn = len(self._work)
             results = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
             del output
