@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "runtime",
         "rewriting",
         "plans",
+        "estimates",
         "methods",
     },  # it proves its candidates on rewritten copies
 }
