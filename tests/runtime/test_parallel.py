@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import revify
 
-both_streams = pytest.mark.parametrize("options", [{"bits": 1}, {"streams": "split"}], ids=["full", "split"])
+every_step = pytest.mark.parametrize(
+    "options", [{"step": "coded"}, {"bits": 1}, {"streams": "split"}], ids=["coded", "full", "split"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@both_streams
+@every_step
 @pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
 @pytest.mark.parametrize("kind", [zoo.DropoutAndDropPath, zoo.PostActivationBatchNorm, zoo.FrozenStart])
 def test_ddp(one_process: None, kind: type[zoo.Net], settings: dict[str, bool], options: dict[str, Any]) -> None:
@@ -43,7 +45,7 @@ def test_ddp(one_process: None, kind: type[zoo.Net], settings: dict[str, bool], 
         assert_same({n.replace("module.", ""): t for n, t in found.items()}, expected)
 
 
-@both_streams
+@every_step
 @pytest.mark.parametrize("root", [True, False])
 @pytest.mark.parametrize("kind", [zoo.PreNormBlocks, zoo.TwoAdditionsInABlock, zoo.FrozenMiddle])
 def test_fsdp_of_each_block(one_process: None, kind: type[zoo.Net], root: bool, options: dict[str, Any]) -> None:
@@ -61,7 +63,7 @@ def test_fsdp_of_each_block(one_process: None, kind: type[zoo.Net], root: bool, 
         assert_same(local, expected)
 
 
-@both_streams
+@every_step
 def test_fsdp_in_mixed_precision(one_process: None, options: dict[str, Any]) -> None:
     model = converted(zoo.PreNormBlocks, **options)
     x = inputs_of(model)
@@ -137,7 +139,7 @@ def test_ddp_with_two_processes(tmp_path: Path) -> None:
         assert out.decode().strip() == "equal"
 
 
-@both_streams
+@every_step
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_modules_inside_of_blocks(backend: str, options: dict[str, Any]) -> None:
     model = converted(zoo.TwoAdditionsInABlock, **options).eval()  # eager and compiled draw other numbers in dropout
@@ -149,7 +151,7 @@ def test_compiled_modules_inside_of_blocks(backend: str, options: dict[str, Any]
     assert_same(run(compiled, x), run(compiled, x, plain=True))
 
 
-@both_streams
+@every_step
 def test_compiled_whole(options: dict[str, Any]) -> None:
     """The steps are hidden from the compiler; what lies around them is compiled."""
     model = converted(zoo.DropoutAndDropPath, **options)
@@ -168,7 +170,7 @@ def test_compiled_models_are_refused(compile_part: object) -> None:
         revify.convert(compiled, model.example())
 
 
-@both_streams
+@every_step
 def test_checkpointing_around_a_converted_model(options: dict[str, Any]) -> None:
     """The outer checkpoint sees the whole stage run again, so it is of no use, but it does no harm."""
     model = converted(zoo.DropoutAndDropPath, **options)
