@@ -22,7 +22,7 @@ from pretrained import cifar10, cifar_resnet, flowers, vit_small
 from torch import Tensor, nn
 
 import revify
-from revify.calibration.calibrating import deviation
+from revify.calibration.settling import deviation
 from revify.plans import Plan
 from revify.rewriting.applying import apply_plan
 from revify.words import BALANCED

@@ -74,3 +74,12 @@ def test_no_picture_lies_about_that_no_page_shows() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")))
     unseen = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.png") if path.name not in pages]
     assert not unseen
+
+
+def test_each_row_of_the_page_of_behaviour_names_a_test_that_is_there() -> None:
+    rows = [line for line in (ROOT / "docs" / "behaviour.md").read_text(encoding="utf-8").splitlines() if "`" in line]
+    named = [re.search(r"`([\w/]+\.py)::(\w+)` \|$", row) for row in rows if row.startswith("| ")]
+    assert len(named) >= 15
+    for found in named:
+        assert found is not None
+        assert f"def {found[2]}(" in (ROOT / "tests" / found[1]).read_text(encoding="utf-8"), found[0]
