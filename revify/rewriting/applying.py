@@ -6,8 +6,7 @@ of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from types import MethodType
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from revify.couplings.parts import find_coupling, turns
 from revify.errors import RefusalError
 from revify.plans import BlockPlan, Plan, StagePlan
-from revify.reading.copying import HOOKS, TREE, copy_tree, exchange
+from revify.reading.copying import HOOKS, copy_tree, exchange
 from revify.reading.programs import Part
 from revify.reading.roles import Shortcut
 from revify.reading.segments import Segment, find_segments
@@ -28,6 +27,7 @@ from revify.rewriting.fitting import check_fits
 from revify.rewriting.forecasts import blank_forecast, drop_forecast, forecast_names, hold_forecast
 from revify.rewriting.programs import Programmed, programmed
 from revify.rewriting.replicas import Replicator
+from revify.rewriting.restoring import unless_it_fails
 from revify.rewriting.switches import set_switches, unset_switches
 from revify.runtime.apart import ApartStep, Opening
 from revify.runtime.coded import CodedRule, CodedStep
@@ -73,8 +73,9 @@ def apply_plan(
     Raises:
         RefusalError: the model has other modules than the plan names.
     """
+    check_fits(model, plan)
     converted = share(model)
-    install_plan(converted, plan, forecasts=forecasts, trainable=trainable)
+    _edit(converted, plan, forecasts or {}, trainable=trainable)
     return converted
 
 
@@ -87,22 +88,26 @@ def install_plan(
 ) -> None:
     """Do what the plan says to the model itself; after an error it is as it was. Arguments as for `apply_plan`."""
     check_fits(model, plan)
-    with _unless_it_fails(model):
-        for stage in sorted(plan.stages, key=lambda stage: stage.within is not None):  # forwards are cut first
-            if stage.coupling:
-                _install_halves(model, stage, plan)
-            elif stage.step == "coded":
-                for run in stage.runs:
-                    _install_coded(model, stage, run, plan)
-            else:
-                _install(model, stage, plan.grid_of(stage), forecasts or {}, trainable)
-        for checkpoint in plan.checkpointed:
-            for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
-                module = model.get_submodule(path)
-                joins, compares = path != checkpoint.path, plan.guard == "bits"
-                _put(module, Checkpointed(module, path, following, joins=joins, compares=compares))
-        set_switches(model)
-        model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
+    with unless_it_fails(model):
+        _edit(model, plan, forecasts or {}, trainable=trainable)
+
+
+def _edit(model: nn.Module, plan: Plan, forecasts: Mapping[str, dict[str, Tensor]], *, trainable: bool) -> None:
+    for stage in sorted(plan.stages, key=lambda stage: stage.within is not None):  # forwards are cut first
+        if stage.coupling:
+            _install_halves(model, stage, plan)
+        elif stage.step == "coded":
+            for run in stage.runs:
+                _install_coded(model, stage, run, plan)
+        else:
+            _install(model, stage, plan.grid_of(stage), forecasts, trainable)
+    for checkpoint in plan.checkpointed:
+        for path, following in zip_longest(checkpoint.paths, checkpoint.joined):
+            module = model.get_submodule(path)
+            joins, compares = path != checkpoint.path, plan.guard == "bits"
+            _put(module, Checkpointed(module, path, following, joins=joins, compares=compares))
+    set_switches(model)
+    model.revify_plan = plan  # type: ignore[assignment]  # a plain attribute; nn.Module types all as modules
 
 
 def change_bits(model: nn.Module, plan: Plan) -> None:
@@ -141,7 +146,7 @@ def remove_plan(model: nn.Module) -> nn.Module:
 
 def uninstall_plan(model: nn.Module) -> None:
     """Take what a plan put into a model out of it, in place; after an error the model is as it was."""
-    with _unless_it_fails(model):
+    with unless_it_fails(model):
         forwards: dict[int, Any] = {}
         for module in model.modules():
             replicator = vars(module).pop(_REPLICATE, None)
@@ -157,22 +162,6 @@ def uninstall_plan(model: nn.Module) -> None:
         exchange(model, forwards)  # in what was wrapped since
         unset_switches(model)
         del model.revify_plan
-
-
-@contextmanager
-def _unless_it_fails(model: nn.Module) -> Iterator[None]:
-    """Edit a model in the body; what its modules hold is as before if that ends in an error."""
-    before = [(vars(m), dict(vars(m)), {n: dict(vars(m)[n]) for n in (*TREE, *HOOKS)}) for m in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for held, attributes, inner in before:
-            held.clear()
-            held.update(attributes)
-            for name, items in inner.items():
-                held[name].clear()
-                held[name].update(items)
-        raise
 
 
 def _put(module: nn.Module, stand_in: StandIn) -> None:
