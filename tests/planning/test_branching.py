@@ -306,7 +306,8 @@ def test_side_effects_happen_as_often_as_in_the_plain_model() -> None:
 
 def test_sizes_types_and_places_are_no_values() -> None:
     model = cut(SizesAndPlaces, bits=1)
-    assert len(model.revify_plan.stages[0].steps) == 6
+    made_of_sizes = not torch.__version__.startswith("2.8.")  # whose torch.fx makes no tensor of a size that it follows
+    assert len(model.revify_plan.stages[0].steps) == (6 if made_of_sizes else 3)
     assert_same_gradients(model, inputs_of(model))
 
 
