@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +99,9 @@ def row(network: Network) -> tuple[Any, ...]:
         return ("", *shown, "", "", "", "", "refused", seconds, f"{what}; {reasons}"[:400])
     converted = revify.convert(plain, plan=plan)
     same = gradients_are_equal(converted, example)
-    ours, at_4_bits = peak(converted, example), peak(revify.convert(plain, example, bits=4), example)
+    ours = peak(converted, example)
+    fewer = replace(plan, stages=tuple(stage.with_bits(4) for stage in plan.stages))
+    at_4_bits = peak(revify.convert(plain, plan=fewer), example)
     ratios = round(ours / rival_peak, 3), round(at_4_bits / rival_peak, 3), round(plan.predicted_bytes / ours, 3)
     return (stages, *shown, round(ours / 1e6, 3), *ratios, "same" if same else "DIFFERENT", seconds, what)
 

@@ -56,7 +56,8 @@ def find_apart(
     siblings = [
         s for s in steps if s.caller not in cut and alike[s.caller, s.block.call.kind] > 1 and _learns(modules, s)
     ]
-    linked = _runs(siblings, trace, lambda step: step.caller, by_value=True)
+    norms = {step.block.call.path for step in siblings if _normalises(modules, step)}  # a stream of their own
+    linked = _runs(siblings, trace, lambda s: f"{s.caller} {s.block.call.path in norms}", by_value=True)
     loops = {path for path, count in count_additions(trace).items() if count >= FEWEST}
     done = {id(step) for run in linked for step in run}
     rest = [
@@ -65,7 +66,7 @@ def find_apart(
         if step.caller in loops
         and alike[step.caller, step.block.call.kind] >= FEWEST
         and id(step) not in done
-        and not _normalises(modules, step)
+        and step.block.call.path not in norms
     ]
     unlike = _runs(rest, trace, lambda step: step.caller, by_value=False)
     found: list[Stage] = []
@@ -107,7 +108,9 @@ def _steps(observation: Observation, trace: Trace, residual: Mapping[str, Residu
         number, place[call.path] = place[call.path], place[call.path] + 1
         if number >= len(traced) or any(i.changed for i in call.inputs) or not call.saved_bytes:
             continue
-        block = residual.get(call.path) or _as_step(call, traced[number], trace)
+        block = residual.get(call.path)
+        if block is None or (block.result and block.stream is not call.inputs[0]):  # what it hands on beside the stream
+            block = _as_step(call, traced[number], trace)
         given = block and traced[number].given(block.stream.argument)
         if block is None or not isinstance(given, fx.Node):
             continue

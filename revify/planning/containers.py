@@ -6,7 +6,6 @@ container itself, or the whole model, is cut into a prefix, steps and a suffix (
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from revify.reading.additions import count_additions
 from revify.reading.chains import FEWEST
 from revify.reading.observing import Call, Observation
 from revify.reading.programs import Part, Program, read_program
-from revify.reading.tracing import Example, Trace, call_with, constants_of, each_of, meta_copy
+from revify.reading.tracing import Example, Trace, call_with, constants_of, copy_with_data, each_of, meta_copy
 
 BLOCK_ADDITIONS = 4  # in a module that is a block of a run already: fewer are its attention and its MLP
 
@@ -180,7 +179,7 @@ def _measure(model: nn.Module, example: Example, programs: Mapping[str, Program]
         empty = each_of(example, partial(torch.empty_like, device="meta"))
         return _measured(meta_copy(model), empty, programs)
     except Exception:  # any operation may lack a meta kernel: the real run decides
-        return _measured(copy.deepcopy(model), example, programs)
+        return _measured(copy_with_data(model), example, programs)
 
 
 def _measured(model: nn.Module, example: Example, programs: Mapping[str, Program]) -> dict[str, dict[int, _Step]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from revify.errors import RefusalError, RevifyError
 from revify.plans import Plan
@@ -31,6 +32,17 @@ def check_model(model: nn.Module) -> None:
         if isinstance(getattr(module, "revify_plan", None), Plan):
             what = f"holds a module that is already converted ({path})" if path else "is already converted"
             raise RefusalError(f"{name} {what}. Use it as it is, or revify.revert it first.")
+    scripted = [path for path, module in model.named_modules() if path and isinstance(module, torch.jit.ScriptModule)]
+    if scripted and not isinstance(model, torch.jit.ScriptModule):
+        raise RefusalError(
+            f"{name} holds a TorchScript module ({scripted[0]}), which has no Python forward that could be watched. Convert "
+            "the model with the module as it was before torch.jit.script or torch.jit.trace."
+        )
+    lazy = [path for path, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise RefusalError(
+            f"{name}: the parameter {lazy[0]} has no shape yet (a Lazy module). Run the model once on a batch, then convert it."
+        )
     wrapper = _wrapper(model)
     if wrapper:
         raise RefusalError(
