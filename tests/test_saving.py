@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,6 +194,20 @@ def test_a_file_is_whole_or_absent(saved: tuple[nn.Module, Path], monkeypatch: p
                 revify.save(model, path)
         assert path.read_bytes() == before
         assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_swept_away_and_what_a_living_one_writes_is_not(
+    saved: tuple[nn.Module, Path],
+) -> None:
+    model, path = saved
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    names = {who: f".{path.name}.{number}-0123.tmp" for who, number in (("dead", killed.pid), ("alive", os.getpid()))}
+    other = f".other.safetensors.{killed.pid}-0123.tmp"
+    for name in (*names.values(), other):
+        path.with_name(name).write_bytes(b"half of it")
+    revify.save(model, path)
+    assert {file.name for file in path.parent.iterdir()} == {path.name, names["alive"], other}
 
 
 def test_a_new_file_has_the_permissions_of_any_other(saved: tuple[nn.Module, Path]) -> None:

@@ -161,8 +161,9 @@ def test_every_transform_of_torch_func_ends_in_a_sentence(transform: Callable[..
         transform(lambda a: model(a).sum())(*inputs_of(model))
 
 
-def test_a_whole_step_compiled() -> None:
-    model = converted(zoo.DropoutAndDropPath, bits=1)
+@pytest.mark.parametrize("options", [{"bits": 1}, {"step": "coded"}])
+def test_a_whole_step_compiled(options: dict[str, Any]) -> None:
+    model = converted(zoo.DropoutAndDropPath, **options)
     model.eval()
     x = inputs_of(model)
 
