@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 Row = Mapping[str, Any]
+NOTE = (
+    "The plans and checks of timm below are of the recurrence on a grid of 2^-12, of before coded steps became the default: "
+    'coded\nsteps need no grid, so that reasons which name one, or advise another, hold for `step="recurrence"` only.'
+)
 
 # Share of the saved bytes in residual stages of ≥ 2 additions, in percent: an upper bound found before revify was written,
 # by counting additions in traces (identity streams, or with post-activation ones).
@@ -43,6 +48,8 @@ def write_page(
         "checkpointed outside of them, too, without what it keeps of it. *Removed* is the share that is gone at the",
         "predicted peak.",
         "",
+        NOTE,
+        "",
         f"timm {timm.__version__}, torch {torch.__version__}.",
         "",
         "```",
@@ -66,8 +73,28 @@ def write_page(
     ]
     rows = sorted((plans[n] for n in chosen if n in plans), key=lambda r: (r["family"], r["name"]))
     lines += [_line(row, checks.get(row["name"])) for row in rows]
+    lines += others()
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return figures
+
+
+def others() -> list[str]:
+    """What `architectures.py` found of networks of other packages, as lines of the page."""
+    with (Path(__file__).parent / "results" / "architectures.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ("package", "network", "stages", "plain MB", "ckpt MB", "ours MB", "to ckpt", "4 bits", "gradients")
+    return [
+        "",
+        "## Networks of other packages",
+        "",
+        "Coded steps, as by default (8 bits), against checkpointing of each of the blocks that a person would name; *to ckpt*",
+        "is ours as a share of that, *4 bits* the same with `bits=4`. `python benchmarks/architectures.py`; reasons, and how",
+        "many blocks were named (DITN: none, so that its share says nothing), are in benchmarks/results/architectures.csv.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(row[name] for name in columns)} |" for row in rows),
+    ]
 
 
 def _line(row: Row, check: Row | None) -> str:
