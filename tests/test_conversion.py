@@ -34,6 +34,7 @@ def converted_vit() -> nn.Module:
 
 @pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
 @pytest.mark.parametrize("function", [revify.plan, revify.convert])
+@pytest.mark.sampled(2)
 def test_the_given_model_is_not_changed(
     kind: type[zoo.Net], function: Callable[[nn.Module, tuple[Tensor, ...]], object]
 ) -> None:
@@ -82,6 +83,7 @@ def test_same_class_paths_and_state(kind: type[zoo.Net]) -> None:
 
 @pytest.mark.parametrize("kind", zoo.CONVERTIBLE)
 @pytest.mark.parametrize("predictor", ["identity", "midpoint"])
+@pytest.mark.sampled(2)
 def test_many_bits_keep_the_function(kind: type[zoo.Net], predictor: str) -> None:
     """The coupling adds γ times a forecast's error: little at 8 bits, more at 0."""
     torch.manual_seed(0)
@@ -235,6 +237,7 @@ def test_gradient_checkpointing_of_a_recurrence_would_run_the_blocks_out_of_orde
 
 @pytest.mark.parametrize("kind", zoo.CONVERTIBLE)
 @pytest.mark.parametrize("transitions", ["keep", "checkpoint"])
+@pytest.mark.sampled(2)
 def test_revert_gives_the_given_model_bit_for_bit(kind: type[zoo.Net], transitions: str) -> None:
     torch.manual_seed(0)
     model = kind()

@@ -21,6 +21,7 @@ def test_your_own_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(line.partition("reads ")[2].partition("%")[0]) > 60
 
 
+@pytest.mark.slow
 def test_torchvision_models(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchvision")
     lines = printed_by("torchvision_models", capsys)
@@ -52,6 +53,7 @@ def test_transformers_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.endswith("exact True") for line in lines)
 
 
+@pytest.mark.slow
 def test_revnets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["revnets.py", "38", "56"])
     _, small, large, step = printed_by("revnets", capsys)
@@ -71,6 +73,7 @@ def test_diffusers_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.endswith("exact True") for line in lines)
 
 
+@pytest.mark.slow
 def test_dense_prediction(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("segmentation_models_pytorch")
     pytest.importorskip("torchvision")

@@ -286,6 +286,7 @@ STREAM = 4 * 50 * 32 * 4  # bytes of both streams
 
 
 @pytest.mark.parametrize("formula", [additive, swapped, single, half, affine, formulas.leapfrog])
+@pytest.mark.sampled(2)
 def test_memory_does_not_grow_with_depth(formula: Formula) -> None:
     few, many = held(formula, 6), held(formula, 26)
     slack = 20 * (2600 if formula is affine else 100)  # samples or checksums; of affine, also gradients of w

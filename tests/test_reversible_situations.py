@@ -213,6 +213,7 @@ def test_an_inverse_in_floats_has_nearly_the_gradients_of_ordinary_autograd() ->
 
 
 @pytest.mark.parametrize("formula", [additive, swapped, single, half, affine])
+@pytest.mark.sampled(3)
 def test_the_memory_of_an_inverse_does_not_grow_with_depth(formula: Formula) -> None:
     def held(depth: int) -> int:
         model = (affine_sequence if formula is affine else lambda n: sequence(formula, n))(depth).eval()

@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled(3)
 def test_gradients_and_the_way_back(name: str) -> None:
     expected, arguments = MODELS[name]
     torch.manual_seed(0)

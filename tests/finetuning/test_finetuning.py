@@ -471,6 +471,7 @@ def test_a_calibrated_run_resumes_to_the_same_weights(images: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("cut_after", [1, 2])
 @pytest.mark.parametrize("fitted", [{"calibrate": 8, "predictor": "diagonal"}, {}], ids=["fitted", "fixed"])
+@pytest.mark.sampled(4)
 def test_a_schedule_of_bits_is_kept_and_resumed(
     images: Path, tmp_path: Path, fitted: dict[str, Any], cut_after: int
 ) -> None:

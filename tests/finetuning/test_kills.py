@@ -86,6 +86,7 @@ def shown(out: Path) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 12, 17, 22, 27, 30, 33, 36, 40, 45, 50])
+@pytest.mark.sampled(4)
 def test_a_run_that_is_killed_between_any_two_files_is_resumed(
     images: Path, whole: Path, tmp_path: Path, number: int
 ) -> None:

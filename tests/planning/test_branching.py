@@ -50,6 +50,7 @@ def test_other_precisions() -> None:
 @pytest.mark.parametrize(
     "name", ["test_vit", "test_vit2", "test_vit3", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"]
 )
+@pytest.mark.sampled(2)
 def test_timm_models(name: str) -> None:
     torch.manual_seed(0)
     small = {"depths": (2, 2), "embed_dim": 12, "num_heads": (2, 4), "img_size": 56} if "swin" in name else {}

@@ -54,6 +54,7 @@ def mixed(plan: Plan, mix: tuple[str | None, ...]) -> Plan:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(3)
 def test_any_mix_of_modes_gives_the_same_bits(
     kind: type[zoo.Net], mix: tuple[str | None, ...], autocast: torch.dtype | None
 ) -> None:

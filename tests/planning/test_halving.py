@@ -51,6 +51,7 @@ SPLITTABLE = [kind for kind in zoo.CONVERTIBLE if kind not in (*REFUSED, zoo.Sca
 
 @pytest.mark.parametrize("kind", SPLITTABLE, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("coupling", [additive, swapped, damped], ids=lambda coupling: coupling.__name__)
+@pytest.mark.sampled(3)
 def test_gradients_over_the_zoo(kind: Callable[[], nn.Module], coupling: Formula) -> None:
     assert_same_gradients(split(kind, coupling), inputs_of(kind()))
 
@@ -144,6 +145,7 @@ def test_attention_that_ties_its_width_is_lifted() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet18", "test_mambaout"])
+@pytest.mark.sampled(2)
 def test_timm_models(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=64) if "vit" in name else timm.create_model(name)
@@ -310,6 +312,7 @@ def test_blocks_must_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize("coupling", [additive, swapped, single, half, affine], ids=lambda c: c.__name__)
+@pytest.mark.sampled(2)
 def test_held_bytes_do_not_grow_with_depth(coupling: Formula) -> None:
     """What lives between forward and backward, but for the marks that every block leaves: a checksum or 256 samples."""
 

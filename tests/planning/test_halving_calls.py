@@ -87,6 +87,7 @@ def test_a_block_called_with_its_default_is_cut_and_says_what_is_missing_when_ca
 
 @pytest.mark.parametrize("options", [{"streams": "split"}, {"bits": 1, "unit": "branch"}], ids=str)
 @pytest.mark.parametrize("kind", [lambda: zoo.Net(*(TwoMlps() for _ in range(4))), zoo.TwoAdditionsInABlock])
+@pytest.mark.sampled(2)
 def test_an_optimizer_may_step_within_the_backward(kind, options: dict[str, object]) -> None:
     """Each parameter is stepped as soon as its gradient is there, while other branches of its block are yet to run again."""
 

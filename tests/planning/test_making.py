@@ -26,6 +26,7 @@ def plan_of(kind: type[zoo.Net], **options: object) -> Plan:
 
 @pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
 @pytest.mark.parametrize("options", [{}, {"bits": 2, "predictor": "midpoint", "grid": 9, "transitions": "checkpoint"}])
+@pytest.mark.sampled(3)
 def test_json_gives_the_same_plan_back(kind: type[zoo.Net], options: dict[str, object]) -> None:
     plan = plan_of(kind, **options)
     again = Plan.from_json(plan.to_json())
@@ -189,6 +190,7 @@ def test_held_bytes_of_a_stage() -> None:
 @pytest.mark.parametrize("transitions", ["keep", "checkpoint"])
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet50"])
+@pytest.mark.sampled(2)
 def test_prediction_is_near_the_truth(name: str, bits: int, transitions: str) -> None:
     """What lives after forward, against what the plan says is held."""
     torch.manual_seed(0)
@@ -217,6 +219,7 @@ SURVEY = {
 
 
 @pytest.mark.parametrize("name", SURVEY)
+@pytest.mark.sampled(2)
 def test_stages_are_those_of_the_survey(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)

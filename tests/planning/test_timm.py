@@ -35,6 +35,7 @@ NOTHING_TO_CONVERT = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize(("bits", "autocast"), [(0, None), (3, torch.bfloat16)])
+@pytest.mark.sampled(3)
 def test_models(name: str, bits: int, autocast: torch.dtype | None) -> None:
     settings = SETTINGS[name]
     size = settings.get("img_size", 64)

@@ -90,6 +90,7 @@ def test_saved_bytes_are_what_autograd_saves(kind: type[zoo.Net]) -> None:
 
 
 @pytest.mark.parametrize("kind", [*zoo.CONVERTIBLE, *zoo.REFUSED])
+@pytest.mark.sampled(2)
 def test_the_model_stays_as_it_was(kind: type[zoo.Net]) -> None:
     model = kind().eval()
     model.register_forward_hook(lambda *_: pytest.fail("the user's hook fired"))

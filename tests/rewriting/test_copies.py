@@ -85,6 +85,7 @@ WRAPPERS = [closure, default, partially, method, an_object, an_object_in_a_closu
 @pytest.mark.parametrize("wrap", [*WRAPPERS, compiled])
 @pytest.mark.parametrize("where", ["", "blocks.3", "blocks.1.up", "stem", "head"])
 @pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.sampled(4)
 def test_revert_sees_through_a_forward_wrapped_after_conversion(
     wrap: Callable[[nn.Module], None], where: str, unit: str
 ) -> None:

@@ -251,6 +251,7 @@ def test_held_bytes_are_those_of_the_plan() -> None:
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet50"])
 @pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.sampled(2)
 def test_timm(name: str, unit: str) -> None:
     torch.manual_seed(0)
     model = revify.convert(timm.create_model(name, num_classes=3), step="coded", bits=8, unit=unit)

@@ -74,6 +74,7 @@ def test_plain_backward_holds_more_with_each_block(no_collector: None) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.sampled(3)
 def test_each_block_holds_its_bits(bits: int, no_collector: None) -> None:
     few, many = held(4, bits), held(24, bits)
     residue = STREAM // 4 * bits // 8

@@ -72,6 +72,7 @@ KINDS = {
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.sampled(3)
 def test_gradients_of_converted_models(kind: str, options: dict[str, object], autocast: torch.dtype | None) -> None:
     assert_same_gradients(converted(KINDS[kind], **options), inputs_of(KINDS[kind]()), autocast=autocast)
 

@@ -76,6 +76,7 @@ def held(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"unit": "branch"}, {"step": "recurrence"}, {"streams": "split"}])
+@pytest.mark.sampled(2)
 def test_no_states_are_held_at_any_depth(options: dict[str, str]) -> None:
     torch.manual_seed(0)
     for depth in (4, 24):

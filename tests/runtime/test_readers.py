@@ -58,6 +58,7 @@ def test_torch_fx_sees_leaves_and_its_graph_trains_to_the_bit(model_and_input: A
 
 
 @every_kind
+@pytest.mark.sampled(3)
 def test_exports_in_eval_mode_give_the_same_values(model_and_input: Any) -> None:
     model, x = model_and_input
     model.eval()
@@ -274,6 +275,7 @@ def replace_norms(model: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module])
 )
 @pytest.mark.parametrize("kind", [zoo.LayersInARow, zoo.TwoStages, zoo.PostActivationBatchNorm])
 @pytest.mark.parametrize("options", [*OPTIONS, {"transitions": "keep"}])
+@pytest.mark.sampled(6)
 def test_norms_replaced_after_conversion(
     kind: type[zoo.Net], options: dict[str, Any], make: Callable[[nn.Module], nn.Module]
 ) -> None:
@@ -300,6 +302,7 @@ def test_a_block_replaced_after_conversion_is_named(number: int) -> None:
 
 @pytest.mark.parametrize("step", ["coded", "recurrence"])
 @pytest.mark.parametrize("order", ["convert, extract", "extract, convert", "extract whole blocks, convert"])
+@pytest.mark.sampled(2)
 def test_feature_extractors_train_to_the_bit(step: str, order: str) -> None:
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     models = pytest.importorskip("torchvision.models")

@@ -51,6 +51,7 @@ def test_zoo_with_every_coupling(kind: type[zoo.Net], predictor: str) -> None:
 
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("autocast", [None, BF16])
+@pytest.mark.sampled(2)
 def test_sixty_four_blocks(bits: int, autocast: torch.dtype | None) -> None:
     model = converted(lambda: zoo.PreNormBlocks(64), bits=bits)
     assert_same_gradients(model, inputs_of(model), autocast=autocast)

@@ -93,6 +93,7 @@ def test_resnet_keeps_its_accuracy(resnet: nn.Module) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("bits", "autocast"), [(0, None), (2, torch.bfloat16), (4, None)])
+@pytest.mark.sampled(3)
 def test_resnet_gradients(resnet: nn.Module, bits: int, autocast: torch.dtype | None, training: bool) -> None:
     images, _ = cifar(8)
     converted = revify.convert(resnet, images, bits=bits).train(training)
@@ -101,6 +102,7 @@ def test_resnet_gradients(resnet: nn.Module, bits: int, autocast: torch.dtype | 
 
 
 @pytest.mark.parametrize(("bits", "autocast"), [(1, None), (4, torch.bfloat16)])
+@pytest.mark.slow
 def test_vit_gradients_and_features(bits: int, autocast: torch.dtype | None) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True, drop_path_rate=0.1)

@@ -76,6 +76,7 @@ def test_balanced_signs_change_less_where_blocks_do_alike(images: Tensor, bits: 
 
 @pytest.mark.parametrize("bits", [0, 1, 4])
 @pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.sampled(2)
 def test_balanced_gradients_are_those_of_ordinary_autograd(
     model: nn.Module, images: Tensor, bits: int, unit: str
 ) -> None:
@@ -113,6 +114,7 @@ def test_signs_that_make_no_sense(model: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.parametrize("bits", [0, 1, 3])
 @pytest.mark.parametrize("predictor", ["identity", "midpoint"])
+@pytest.mark.sampled(2)
 def test_gradients_are_those_of_ordinary_autograd(model: nn.Module, images: Tensor, bits: int, predictor: str) -> None:
     converted = revify.convert(model, predictor=predictor, bits=bits, sign="random")
     for autocast in (None, torch.bfloat16):

@@ -59,6 +59,7 @@ def held(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("step", "bits", "each"), [("recurrence", 0, 200), ("coded", 4, 600)])
+@pytest.mark.sampled(3)
 def test_what_is_held_does_not_grow_with_depth(way: str, step: str, bits: int, each: int) -> None:
     """For each block checksums, or its code; a stream value has 2,560 bytes."""
     few, many = (held(converted(lambda: StreamTwice(depth, way), step=step, bits=bits)) for depth in (4, 24))  # noqa: B023
