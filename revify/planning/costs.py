@@ -117,12 +117,13 @@ class Costs:
         last += 1
         first, second = (self._bare_spans[number] for number in calls)
         flowing = self._flowing_into(start, end)
-        second_run = flowing + self._forward_peak(start, last)
         comparing = min(COMPARING, 2 * self.timeline.values[compared].bytes) if compared >= 0 else 0
+        second_run = flowing + max(self._forward_peak(start, last), self.bytes_of(inner) + comparing)
+        forward = self._bare[first.start : second.end]
         return Again(
             needed=tuple(sorted(needed)),
-            forward=max(self._bare[first.start : second.end], default=0) + comparing,
-            backward=max(second_run + comparing, self._backward_peak(start, end, inner)),
+            forward=max(max(forward), forward[-1] + comparing) if forward else 0,
+            backward=max(second_run, self._backward_peak(start, end, inner)),
             dropped=self.bytes_of(p for p in inner if p in saved),
             time=sum(self.timeline.work[start:last]),
         )
