@@ -204,7 +204,8 @@ def test_a_file_that_fits_no_type_is_refused(file: Path, tmp_path: Path) -> None
     with safetensors.safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()
     tensors = safetensors.torch.load_file(file)
-    for dtype in (torch.int64, torch.bool, torch.complex64):
+    complex_kinds = () if safetensors.__version__.startswith("0.5.") else (torch.complex64,)
+    for dtype in (torch.int64, torch.bool, *complex_kinds):
         other = {**tensors, "head.weight": tensors["head.weight"].to(dtype)}
         safetensors.torch.save_file(other, tmp_path / "other.safetensors", metadata)
         with pytest.raises(revify.CheckpointError, match=r"of another type: head.weight .* in the file, floats"):

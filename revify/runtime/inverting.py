@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revify.errors import ReplayError, StreamError
+from revify.runtime.conditions import drop_weight_copies
 from revify.runtime.guards import in_the_end
 from revify.runtime.links import Rider
 from revify.runtime.replay import SideInputs, version
@@ -213,6 +214,7 @@ def _back_and_forth(pair: Pair, inputs: list[Input], *outputs: Tensor, **side: A
     own = saved_tensors_hooks(Tensor.detach, lambda kept: kept)  # for an inverse that runs a backward of its own
     with torch.no_grad(), own, _random_numbers_afterwards(outputs[0].device):
         found = tensors(pair.inverse(*outputs, **side), f"the inverse of {pair.name}")
+    drop_weight_copies(outputs[0].device)  # torch 2.8 makes them without a gradient here, and would use them below
     if len(found) != len(inputs):
         raise StreamError(f"the inverse of {pair.name} gave {len(found)} tensors, but {len(inputs)} went in.")
     given = tuple(
