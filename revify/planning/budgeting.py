@@ -14,7 +14,7 @@ from torch import nn
 from revify.errors import RevifyError
 from revify.estimates import CHECKPOINTED, PLAIN, THIS_PLAN, WITHIN, Point
 from revify.planning.costs import Costs
-from revify.planning.fastest import peak_of
+from revify.planning.fastest import FEW_LEVELS, peak_of
 from revify.planning.refusals import in_sequence, parents
 from revify.planning.repeating import REMEDY, run_twice
 from revify.planning.ways import Choice, Map, Option
@@ -172,7 +172,7 @@ def _points(found: Map, plan: Plan, subject: Subject, way: Sequence[Choice]) -> 
     def point(name: str, way: Sequence[Choice]) -> Point:
         return Point(name, peak_of(way), round(1 + _time(way) / work, 4))
 
-    ways = found.ways()
+    ways = found.ways(FEW_LEVELS)
     least = ways.least()
     budgets = [round(least * (max(most, least) / least) ** (number / POINTS)) for number in range(POINTS)]
     others = dict.fromkeys(fits for budget in budgets if (fits := ways.fastest(budget)) is not None)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 LEVELS = 4096  # steps in which held bytes are counted
+FEW_LEVELS = 512  # the same, where many budgets are only looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,11 @@ class Ways(Generic[P]):
     Args:
         pieces: between places.
         last: the place where the ways end.
+        levels: steps in which held bytes are counted; the time to find a way grows with them.
     """
 
-    def __init__(self, pieces: Iterable[P], last: int) -> None:
-        self._last = last
+    def __init__(self, pieces: Iterable[P], last: int, levels: int = LEVELS) -> None:
+        self._last, self._levels = last, levels
         self._from: dict[int, list[P]] = defaultdict(list)
         for piece in sorted(pieces, key=lambda piece: (piece.start, piece.end, piece.held, piece.peak, piece.time)):
             others = self._from[piece.start]
@@ -70,7 +72,7 @@ class Ways(Generic[P]):
             ):
                 others.append(piece)
         self._places = sorted(self._from)
-        self._step = max(1, self._most() // LEVELS)
+        self._step = max(1, self._most() // levels)
 
     def fastest(self, budget: int) -> tuple[P, ...] | None:
         """The way that takes least time of those that need no more than the budget; None where none does."""
@@ -136,7 +138,7 @@ class Ways(Generic[P]):
     def _most_needed(self) -> int:
         """Steps into which every way fits."""
         pieces = [piece for found in self._from.values() for piece in found]
-        return LEVELS + 1 + len(self._places) + self._steps(max((piece.peak for piece in pieces), default=0))
+        return self._levels + 1 + len(self._places) + self._steps(max((piece.peak for piece in pieces), default=0))
 
 
 def _undominated(labels: _Labels) -> list[tuple[int, tuple[float, int]]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from revify.planning.costs import Again, Costs
-from revify.planning.fastest import Piece, Ways
+from revify.planning.fastest import LEVELS, Piece, Ways
 from revify.plans import BlockPlan, StagePlan
 from revify.reading.observing import Call, Observation, ValueKey
 from revify.reading.timeline import Span
@@ -102,7 +102,7 @@ class Map:
         checkpoints: bool = True,
     ) -> None:
         self.costs = costs
-        self._ways: Ways[Choice] | None = None
+        self._ways: dict[int, Ways[Choice]] = {}
         self._observation, self._stages = observation, stages
         self._spans = costs.timeline.spans
         self.blocks = tuple(sorted(self._blocks(), key=lambda option: (option.stage, option.start)))
@@ -140,11 +140,11 @@ class Map:
         pieces = [replace(choice, start=numbers[start], end=numbers[end]) for start, end, choice in found]
         return pieces, len(order) - 1
 
-    def ways(self) -> Ways[Choice]:
-        """All ways through the model."""
-        if self._ways is None:
-            self._ways = Ways(*self._pieces())
-        return self._ways
+    def ways(self, levels: int = LEVELS) -> Ways[Choice]:
+        """All ways through the model, with held bytes counted in so many steps."""
+        if levels not in self._ways:
+            self._ways[levels] = Ways(*self._pieces(), levels)
+        return self._ways[levels]
 
     def along(self, reruns: Collection[Option], steps: Collection[Option] = ()) -> tuple[Choice, ...]:
         """The way on which these run again, or are steps, and nothing else is done; none of them overlap."""
