@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from revify.words import CALIBRATED
 
 if TYPE_CHECKING:
-    from revify.plans import BlockPlan, Plan, StagePlan
+    from revify.plans import Plan
+    from revify.stage_plans import BlockPlan, StagePlan
 
 _PATTERN = re.compile(r"[+-]{1,4096}")
 _COUPLING = re.compile(r"[\w.<>]+(:[\w.<>]+)?")

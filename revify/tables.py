@@ -13,7 +13,8 @@ from revify.printing import draw_table
 from revify.records import printable
 
 if TYPE_CHECKING:
-    from revify.plans import Plan, Refusal, StagePlan
+    from revify.plans import Plan, Refusal
+    from revify.stage_plans import StagePlan
 
 SIGNS = {"positive": "", "balanced": " {pattern}", "random": " ±"}  # of γ, behind the predictor
 

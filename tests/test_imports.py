@@ -32,13 +32,14 @@ MAY_IMPORT = {
     "couplings": set(),
     "reading": set(),
     "runtime": {"couplings"},
-    "rewriting": {"couplings", "reading", "runtime", "plans"},
+    "rewriting": {"couplings", "reading", "runtime", "plans", "stage_plans"},
     "planning": {
         "couplings",
         "reading",
         "runtime",
         "rewriting",
         "plans",
+        "stage_plans",
         "estimates",
         "methods",
     },  # it proves its candidates on rewritten copies

@@ -29,8 +29,9 @@ from revify.calibration.walking import (
 )
 from revify.errors import RefusalError, RevifyError
 from revify.methods import DEFAULT_BITS, Method
-from revify.plans import Plan, StagePlan
+from revify.plans import Plan
 from revify.rewriting.applying import apply_plan, remove_plan, share
+from revify.stage_plans import StagePlan
 from revify.words import CALIBRATED, PredictorName
 
 

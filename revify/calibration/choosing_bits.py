@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from revify.calibration.walking import Forecasts
-from revify.plans import StagePlan
+from revify.stage_plans import StagePlan
 
 TRIALS = 12  # bits="auto": how often what one block may add to the deviation of the output is lowered
 REFINED = 2  # and how often it is then raised, or lowered, half the way back to what was too much

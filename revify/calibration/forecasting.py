@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revify.calibration.least_squares import Sums, fit_dense, fit_diagonal, reduce_rank, subtract, take
 from revify.calibration.walking import Importance, Walk, by_position, run_block
-from revify.plans import BlockPlan, StagePlan
 from revify.rewriting.forecasts import hold_forecast
 from revify.runtime.grid import Grid, random_signs, step
 from revify.runtime.predictors import make_predictor
+from revify.stage_plans import BlockPlan, StagePlan
 from revify.words import MAX_BITS
 
 COST = 0.10  # of a block's multiply-adds that "auto" may spend on its predictor

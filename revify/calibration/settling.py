@@ -20,10 +20,11 @@ from revify.calibration.forecasting import Crossing, Fit, fit_block, fit_within,
 from revify.calibration.walking import Forecasts, Survey, Walk, drawing_signs, run_block, start_walks
 from revify.errors import RefusalError, RevifyError
 from revify.methods import Method
-from revify.plans import BlockPlan, Plan, StagePlan
+from revify.plans import Plan
 from revify.rewriting.applying import apply_plan, change_bits
 from revify.rewriting.forecasts import set_forecast
 from revify.runtime.grid import Grid
+from revify.stage_plans import BlockPlan, StagePlan
 
 MEASURED_BATCHES = 2  # on which the deviation of the model's output is measured
 

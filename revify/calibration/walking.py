@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from revify.calibration.batches import Batch, Signature, main_output
 from revify.errors import RefusalError
-from revify.plans import BlockPlan, Plan, StagePlan
+from revify.plans import Plan
+from revify.stage_plans import BlockPlan, StagePlan
 
 LOOK = 8  # samples on which it is found what the output depends on
 FLOOR = 0.1  # what a position counts at least, where the average counts 1

@@ -31,8 +31,9 @@ from revify.conversion import plan as make_plan
 from revify.errors import RevifyError
 from revify.measuring.memory import Memory, count_memory, wait
 from revify.measuring.report import Report, Row, describe
-from revify.plans import Plan, StagePlan
+from revify.plans import Plan
 from revify.rewriting.applying import share
+from revify.stage_plans import StagePlan
 
 Batch = Tensor | tuple[Tensor, ...]
 Loss = Callable[[Any], Tensor]  # Any: whatever the model returns

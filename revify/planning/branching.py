@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revify.plans import BlockPlan, Plan, StagePlan
+from revify.plans import Plan
 from revify.reading.copying import copy_tree
 from revify.reading.flows import device_of, holds_data, with_data
 from revify.reading.observing import Observation
 from revify.reading.segments import Segment, find_segments
 from revify.reading.tracing import Example, call_with, copy_with_data, each_of, meta_copy
 from revify.runtime.arguments import with_stream
+from revify.stage_plans import BlockPlan, StagePlan
 
 
 def cut_blocks(plan: Plan, model: nn.Module, example: Example, observation: Observation) -> Plan:

@@ -19,8 +19,8 @@ from itertools import combinations, pairwise
 
 from revify.planning.containers import ContainerRun
 from revify.planning.stages import Stage
-from revify.plans import StagePlan
 from revify.reading.observing import Call, Observation
+from revify.stage_plans import StagePlan
 
 Run = Stage | ContainerRun
 

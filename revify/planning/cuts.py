@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from revify.plans import Cut, Side
 from revify.reading.additions import Joint, is_size, nodes_between
 from revify.reading.roles import ACTIVATIONS, ADDITIONS, MOVES, SCALINGS, Role, role_of
+from revify.stage_plans import Cut, Side
 
 ELEMENTWISE: set[Any] = {"mean", "sub", "div", "div_", "neg"}
 ELEMENTWISE |= {functional.dropout, functional.avg_pool2d, functional.max_pool2d, functional.adaptive_avg_pool2d}

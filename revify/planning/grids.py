@@ -19,10 +19,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from revify.plans import Plan, StagePlan
+from revify.plans import Plan
 from revify.reading.flows import Flow, Place, holds_data, watch_flows
 from revify.reading.tracing import Example
 from revify.runtime.grid import Grid, stream_dtype
+from revify.stage_plans import StagePlan
 from revify.words import DEFAULT_GRID, WIDE_GRID
 
 HEADROOM = 8  # times the largest value seen: training makes values grow

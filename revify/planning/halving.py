@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revify.couplings.formulas import Formula
 from revify.couplings.parts import SHIPPED, Turn, coupling_name, half_range, turns
 from revify.planning.cuts import find_cuts
-from revify.plans import CUT, LIFTED, NO_PREDICTOR, WHOLE, BlockPlan, BranchPlan, Cut, Plan, Refusal, StagePlan
+from revify.plans import Plan, Refusal
 from revify.reading.additions import find_joints
 from revify.reading.copying import copy_tree
 from revify.reading.observing import Observation
@@ -31,6 +31,7 @@ from revify.rewriting.cutting import apply_cuts
 from revify.runtime.arguments import with_stream
 from revify.runtime.grid import Grid
 from revify.runtime.halves import ChainRule
+from revify.stage_plans import CUT, LIFTED, NO_PREDICTOR, WHOLE, BlockPlan, BranchPlan, Cut, StagePlan
 
 
 def split_stages(

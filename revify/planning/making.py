@@ -22,12 +22,13 @@ from revify.planning.refusals import find_refusals
 from revify.planning.repeating import add_checkpoints
 from revify.planning.stages import Stage, channel_axis, find_runs
 from revify.planning.transitions import find_checkpoints
-from revify.plans import BlockPlan, Plan, Refusal, StagePlan
+from revify.plans import Plan, Refusal
 from revify.reading.draws import drawing, observe_passes
 from revify.reading.holding import watch_holdings
 from revify.reading.observing import Observation
 from revify.reading.recording import follow
 from revify.reading.tracing import Example, tensors_of
+from revify.stage_plans import BlockPlan, StagePlan
 from revify.words import BALANCED, DEFAULT_GRID, SHORT_GRID
 
 WORTH_BEING_APART = 0.9  # of the peak without stages whose steps have something between them

@@ -14,8 +14,9 @@ from itertools import pairwise
 import torch
 
 from revify.planning.refusals import parents
-from revify.plans import CheckpointPlan, Plan, StagePlan
+from revify.plans import CheckpointPlan, Plan
 from revify.reading.observing import Call, Observation, ValueKey
+from revify.stage_plans import StagePlan
 
 WORTH_A_RERUN = 0.005  # of the model's saved bytes, that running modules again must save
 LARGEST = 3  # of the modules that are tried to be parted

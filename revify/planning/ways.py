@@ -19,10 +19,10 @@ from itertools import pairwise
 
 from revify.planning.costs import Again, Costs
 from revify.planning.fastest import LEVELS, Piece, Ways
-from revify.plans import BlockPlan, StagePlan
 from revify.reading.observing import Call, Observation, ValueKey
 from revify.reading.timeline import Span
 from revify.runtime.codes import code_bytes
+from revify.stage_plans import BlockPlan, StagePlan
 
 WORTH_A_RERUN = 0.002  # of what is held in all, that running modules again must save
 LONGEST = 8  # calls in a row that may share a checkpoint

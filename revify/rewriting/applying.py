@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from revify.couplings.parts import find_coupling, turns
 from revify.errors import RefusalError
-from revify.plans import BlockPlan, Plan, StagePlan
+from revify.plans import Plan
 from revify.reading.copying import HOOKS, copy_tree, exchange
 from revify.reading.programs import Part
 from revify.reading.roles import Shortcut
@@ -38,6 +38,7 @@ from revify.runtime.recomputing import Checkpointed
 from revify.runtime.standing_in import StandIn
 from revify.runtime.steps import Step, Steps
 from revify.runtime.tape import StageRule
+from revify.stage_plans import BlockPlan, StagePlan
 from revify.words import CALIBRATED
 
 _REPLICATE = "_replicate_for_data_parallel"  # by which nn.DataParallel copies a module

@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from revify.couplings.parts import Turn, half_range
 from revify.errors import RefusalError
-from revify.plans import CUT, WHOLE, BlockPlan, StagePlan
 from revify.reading.segments import BranchCode, Segment, find_branches
 from revify.runtime.arguments import with_stream
 from revify.runtime.grid import Grid
 from revify.runtime.halves import ChainRule, HalfBranch
 from revify.runtime.numbers import common_grid
 from revify.runtime.predictors import PREFIX
+from revify.stage_plans import CUT, WHOLE, BlockPlan, StagePlan
 
 
 def chain_rule(stage: StagePlan, order: tuple[Turn, ...], grid: Grid) -> ChainRule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from revify.couplings.parts import half_range
-from revify.plans import Cut, Side
+from revify.stage_plans import Cut, Side
 
 
 def apply_cuts(block: nn.Module, cuts: tuple[Cut, ...], channels: int) -> None:

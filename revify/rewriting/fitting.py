@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from revify.errors import RefusalError
-from revify.plans import BlockPlan, Plan, Side, StagePlan
+from revify.plans import Plan
+from revify.stage_plans import BlockPlan, Side, StagePlan
 from revify.words import CALIBRATED
 
 

@@ -7,9 +7,9 @@ from typing import Any, Self
 from torch import nn
 
 from revify.errors import RefusalError
-from revify.plans import BlockPlan
 from revify.reading.programs import Part, Program, read_program
 from revify.runtime.apart import Opening
+from revify.stage_plans import BlockPlan
 
 
 class Programmed(Opening):

@@ -11,7 +11,7 @@ from asserts import assert_same_gradients, converted, inputs_of
 from torch import Tensor, nn
 
 import revify
-from revify.plans import CUT, WHOLE
+from revify.stage_plans import CUT, WHOLE
 
 
 class ScaledByTheCaller(zoo.Mlp):

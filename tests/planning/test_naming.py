@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import revify
 from revify import Method, Plan
 from revify.measuring.memory import count_memory
-from revify.plans import StagePlan
 from revify.runtime.codes import code_bytes
+from revify.stage_plans import StagePlan
 
 NAMED = {**{kind: kind.APART for kind in zoo.APART}, zoo.NoShortcut: ("blocks.*",), zoo.PreNormBlocks: ("blocks.*",)}
 
