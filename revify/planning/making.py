@@ -111,6 +111,8 @@ def make_plan(model: nn.Module, example: Example, method: Method, *, foresees: b
     elif method.unit == "branch":
         with drawing(None):
             plan = cut_blocks(plan, model, example, observation)
+    if method.streams == "split" and not plan.stages:
+        return plan  # two streams were asked for: less memory alone would not be what was meant
     subject = Subject(model, example, passes)
     if method.budget is not None or (not plan.stages and method.transitions == "checkpoint"):
         return fit_into(plan, subject, method.bytes_allowed)
