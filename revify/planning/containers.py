@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revify.planning.refusals import parents
-from revify.planning.stages import Spanning, Stage
+from revify.planning.stages import Along, Stage
 from revify.reading.additions import count_additions
 from revify.reading.chains import FEWEST
 from revify.reading.observing import Call, Observation
@@ -28,7 +28,7 @@ BLOCK_ADDITIONS = 4  # in a module that is a block of a run already: fewer are i
 
 
 @dataclass(frozen=True, slots=True)
-class ContainerRun:
+class ContainerRun(Along):
     """A run of steps in the forward of one module.
 
     Args:
@@ -54,14 +54,6 @@ class ContainerRun:
     spans: tuple[tuple[int, int], ...]
 
     @property
-    def stream_bytes(self) -> int:
-        """Bytes of one stream value, which is held in float32 or longer."""
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return elements * max(4, self.dtype.itemsize)
-
-    @property
     def saved_bytes(self) -> int:
         """What autograd saves in all of its steps."""
         return sum(self.saved)
@@ -70,20 +62,6 @@ class ContainerRun:
     def benefit(self) -> int:
         """Bytes that the reversible stage does not hold."""
         return self.saved_bytes - max(self.saved) - 2 * self.stream_bytes
-
-    @property
-    def start(self) -> int:
-        """Where the first module of its steps begins."""
-        return self.spans[0][0]
-
-    @property
-    def end(self) -> int:
-        """Where the last module of its steps ends."""
-        return self.spans[-1][1]
-
-    def overlaps(self, other: Spanning) -> bool:
-        """Whether a module of the one contains, or is, one of the other."""
-        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
 
 
 def find_containers(

@@ -81,9 +81,7 @@ class Costs:
 
     def saved_in(self, start: int, end: int) -> set[int]:
         """The places of the values that autograd saves in a span."""
-        return {
-            place for _, place in self._saves[bisect_left(self._saves, (start,)) : bisect_left(self._saves, (end,))]
-        }
+        return {place for _, place in self._between(start, end)}
 
     def kept(self, start: int, end: int) -> Kept:
         """A span under ordinary autograd."""

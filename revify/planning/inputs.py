@@ -13,7 +13,7 @@ from revify.errors import RefusalError, RevifyError
 from revify.plans import Plan
 from revify.reading.copying import is_compiled
 from revify.reading.tracing import Inputs
-from revify.rewriting.switches import has_cache
+from revify.rewriting.switches import place_of_cache
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Any] | None  # Any: keyword inputs may be of every type
 CHECKPOINTING = {  # how each library switches it off
@@ -101,7 +101,7 @@ def example_inputs(model: nn.Module, example: Example) -> tuple[Tensor, ...] | I
 def _keywords(model: nn.Module, example: Mapping[str, Any]) -> Inputs:
     """Inputs by keyword; without a cache where the model has one and nothing is said, as it trains once it is converted."""
     constants = {name: value for name, value in example.items() if not isinstance(value, Tensor)}
-    if has_cache(model):
+    if place_of_cache(model) is not None:
         constants = {"use_cache": False, **constants}
     return Inputs({name: value for name, value in example.items() if isinstance(value, Tensor)}, constants)
 

@@ -51,15 +51,13 @@ def make_plan(model: nn.Module, example: Example, method: Method, *, foresees: b
     with drawing(passes.share):
         graph = follow(model, example)
     modules = dict(model.named_modules())
-    fixed = (
-        frozenset() if method.first_step == "coded" else passes.skipped
-    )  # coded steps have no fixed order and number
+    coded = method.first_step == "coded"
+    fixed = frozenset[str]() if coded else passes.skipped  # coded steps have no fixed order and number
     blocks = tuple(b for b in find_blocks(observation, graph, modules) if b.call.path not in fixed)
 
     def planned(run: Run) -> StagePlan:
         return _stage_plan(run, method, None, observation)
 
-    coded = method.first_step == "coded"
     if method.stages is not None:
         stages: tuple[Run, ...] = find_named(method.stages, model, example, observation, graph, coded=coded)
     else:

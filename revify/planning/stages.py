@@ -22,15 +22,48 @@ from revify.reading.tracing import Trace
 
 
 class Spanning(Protocol):
-    """What lies along the forward pass."""
+    """What lies along the forward pass, and carries a stream."""
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """From where to where its parts run, in calls that had started."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stream."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream."""
+
+
+class Along:
+    """What follows for a run from where it lies along the forward pass, and from its stream."""
+
+    __slots__ = ()
+
+    @property
+    def stream_bytes(self: Spanning) -> int:
+        """Bytes of one stream value, which is held in float32 or longer."""
+        return math.prod(self.shape) * max(4, self.dtype.itemsize)
+
+    @property
+    def start(self: Spanning) -> int:
+        """Where its first part begins."""
+        return self.spans[0][0]
+
+    @property
+    def end(self: Spanning) -> int:
+        """Where its last part ends."""
+        return self.spans[-1][1]
+
+    def overlaps(self: Spanning, other: Spanning) -> bool:
+        """Whether a module of the one contains, or is, one of the other."""
+        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
+
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(Along):
     """A run of at least two blocks of the same shape, in the order of their calls.
 
     Args:
@@ -40,11 +73,6 @@ class Stage:
 
     blocks: tuple[ResidualBlock, ...]
     within: str | None = None
-
-    @property
-    def stream_bytes(self) -> int:
-        """Bytes of one stream value, which is held in float32 or longer."""
-        return math.prod(self.shape) * max(4, self.dtype.itemsize)
 
     @property
     def saved_bytes(self) -> int:
@@ -67,16 +95,6 @@ class Stage:
         return tuple((block.call.order, block.call.end) for block in self.blocks)
 
     @property
-    def start(self) -> int:
-        """Where its first block begins."""
-        return self.spans[0][0]
-
-    @property
-    def end(self) -> int:
-        """Where its last block ends."""
-        return self.spans[-1][1]
-
-    @property
     def paths(self) -> tuple[str, ...]:
         """Of its blocks."""
         return tuple(block.call.path for block in self.blocks)
@@ -94,10 +112,6 @@ class Stage:
     def part(self, first: int, last: int) -> Stage:
         """The blocks from the first up to, but without, the last."""
         return Stage(self.blocks[first:last], self.within)
-
-    def overlaps(self, other: Spanning) -> bool:
-        """Whether a block of the one contains, or is, one of the other."""
-        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
 
 
 def find_runs(blocks: tuple[ResidualBlock, ...], trace: Trace) -> tuple[Stage, ...]:

@@ -28,8 +28,8 @@ from revify.reading.chains import find_chains, steps_between
 from revify.reading.operations import Operation, Slot, execute, filled
 from revify.reading.own_code import Flags, Witness, changed_flag, has_generator, sizes_of
 from revify.reading.roles import find_shortcut
-from revify.reading.segments import argument_name, refuse_missing, trace_children
-from revify.reading.tracing import meta_copy
+from revify.reading.segments import argument_name, asks_for_its_mode, refuse_missing, trace_children
+from revify.reading.tracing import defaults_left, meta_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +156,7 @@ def read_program(container: nn.Module, given: Collection[int | str]) -> Program 
     signature = inspect.signature(container.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
         return None
-    fixed = {
-        p.name: p.default
-        for place, p in enumerate(signature)
-        if p.default is not p.empty and place not in given and p.name not in given
-    }
+    fixed = defaults_left(signature, given)
     bare = meta_copy(container)
     before = sizes_of(bare)
     with torch.random.fork_rng(devices=[]), Witness(bare) as witness:
@@ -168,9 +164,8 @@ def read_program(container: nn.Module, given: Collection[int | str]) -> Program 
     lasts = witness.draws or witness.outlasts or has_generator(container) or sizes_of(bare) != before
     if graph is None or lasts or has_side_effects(graph):
         return None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if str(graph) != str(trace_children(bare.eval(), fixed)):
-            return None  # the container asks for its mode, which a graph cannot
+    if asks_for_its_mode(bare, graph, fixed):
+        return None
     modules = dict(bare.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     chains = find_chains(graph, modules, {path for path, count in calls.items() if count > 1 and _adds(modules[path])})

@@ -25,7 +25,7 @@ from revify.reading.additions import Joint, find_ends, find_joints, has_side_eff
 from revify.reading.operations import Operation, Slot, execute
 from revify.reading.own_code import Flags, Witness, changed_flag, has_generator
 from revify.reading.roles import dependent_on
-from revify.reading.tracing import meta_copy
+from revify.reading.tracing import defaults_left, meta_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +164,14 @@ def _read(block: nn.Module, stream: int | str, given: Collection[int | str]) -> 
     signature = inspect.signature(block.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
         return None
-    fixed = {
-        p.name: p.default
-        for place, p in enumerate(signature)
-        if p.default is not p.empty and place not in given and p.name not in given
-    }
+    fixed = defaults_left(signature, given)
     bare = meta_copy(block)
     with torch.random.fork_rng(devices=[]), Witness(bare) as witness:
         graph = trace_children(bare, fixed)
     if graph is None or witness.draws or witness.changes or has_generator(block):
         return None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if str(graph) != str(trace_children(bare.eval(), fixed)):
-            return None
+    if asks_for_its_mode(bare, graph, fixed):
+        return None
     names = tuple(p.name for p in signature)
     inputs = dict(zip(names, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
     x = inputs[names[stream] if isinstance(stream, int) else stream]
@@ -263,6 +258,18 @@ def _operations(
 def _out_of_place(node: fx.Node, start: fx.Node) -> Any:
     """`x += branch(x)` would change the stream, which the segment before it gave: add instead."""
     return operator.add if node.target is operator.iadd and node.args[0] is start else node.target
+
+
+def asks_for_its_mode(bare: nn.Module, graph: fx.Graph, fixed: dict[str, Any]) -> bool:
+    """Whether a module's code is another one in eval mode and without gradients, which a graph cannot be.
+
+    Args:
+        bare: the module without data; it is in eval mode afterwards.
+        graph: of it as it was.
+        fixed: the arguments that were constants.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return str(graph) != str(trace_children(bare.eval(), fixed))
 
 
 def refuse_missing(parameters: Iterable[str], known: Collection[str]) -> None:

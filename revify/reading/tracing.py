@@ -11,7 +11,7 @@ The user's model is never run, traced or changed; where operations have no meta 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -135,14 +135,19 @@ def trace(model: nn.Module, example: Example) -> Trace:
     return _trace(meta_copy(model), given, constants_of(example))
 
 
-def _trace(bare: nn.Module, given: Collection[int | str], constants: Mapping[str, Any]) -> Trace:
-    """Trace with timm's leaf layers; where that fails, also with its leaf blocks, which hide their own insides."""
-    parameters = list(inspect.signature(bare.forward).parameters.values())
-    fixed = {
+def defaults_left(parameters: Iterable[inspect.Parameter], given: Collection[int | str]) -> dict[str, Any]:
+    """The defaults of the parameters that are not given, by position or keyword: what a trace has as constants."""
+    return {
         p.name: p.default
         for position, p in enumerate(parameters)
         if p.default is not p.empty and position not in given and p.name not in given
-    } | dict(constants)
+    }
+
+
+def _trace(bare: nn.Module, given: Collection[int | str], constants: Mapping[str, Any]) -> Trace:
+    """Trace with timm's leaf layers; where that fails, also with its leaf blocks, which hide their own insides."""
+    parameters = list(inspect.signature(bare.forward).parameters.values())
+    fixed = defaults_left(parameters, given) | dict(constants)
     failure = ""
     for package in ("timm.layers", "timm"):
         tracer = _ModuleTracer(package)

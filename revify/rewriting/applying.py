@@ -6,7 +6,7 @@ of a stage is a `Step` (of a checkpointed module a `Checkpointed`), and the root
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from types import MethodType
 from typing import Any
@@ -41,6 +41,7 @@ from revify.runtime.tape import StageRule
 from revify.stage_plans import BlockPlan, StagePlan
 from revify.words import CALIBRATED
 
+Transform = Segment | Part | None  # what a step computes; None for the whole forward of its block
 _REPLICATE = "_replicate_for_data_parallel"  # by which nn.DataParallel copies a module
 
 
@@ -179,24 +180,21 @@ def _install(
     trainable: bool,
 ) -> None:
     rule = _rule(stage, grid)
-    index = 0
-    for block in stage.blocks:
+
+    def step(module: nn.Module, index: int, block: BlockPlan, transform: Transform) -> Step:
+        predictor = make_predictor(stage.predictor, module, stage.axis, grid)
+        return Step(module, rule, index, block.stream, transform, block.result, predictor=predictor)
+
+    for number, block in enumerate(stage.blocks):
         module = model.get_submodule(block.path)
-        if index > 0 and stage.predictor in CALIBRATED:
+        if number > 0 and stage.predictor in CALIBRATED:
             assert stage.axis is not None  # only stages with a known axis are calibrated
             like = next(module.parameters())
             tensors = forecasts.get(block.path) or blank_forecast(
                 stage.predictor, stage.shape[stage.axis], stage.rank, like
             )
             hold_forecast(module, tensors, trainable=trainable)
-        predictor = make_predictor(stage.predictor, module, stage.axis, grid)
-        container = None if block.run is None else programmed(module, block)
-        steps = tuple(
-            Step(module, rule, index + number, block.stream, transform, block.result, predictor=predictor)
-            for number, transform in enumerate(_transforms(module, block, container))
-        )
-        index += len(steps)
-        _put(module, _standing_in(module, block, container, steps))
+    _put_steps(model, stage.blocks, step)
 
 
 def _install_coded(model: nn.Module, stage: StagePlan, run: Sequence[BlockPlan], plan: Plan) -> None:
@@ -204,14 +202,23 @@ def _install_coded(model: nn.Module, stage: StagePlan, run: Sequence[BlockPlan],
     if stage.within is not None:
         _install_apart(model, stage, stage.within, rule)
         return
+
+    def step(module: nn.Module, index: int, block: BlockPlan, transform: Transform) -> CodedStep:
+        return CodedStep(module, rule, index, block.stream, transform, block.result)
+
+    _put_steps(model, run, step)
+
+
+def _put_steps(
+    model: nn.Module, blocks: Sequence[BlockPlan], step: Callable[[nn.Module, int, BlockPlan, Transform], Any]
+) -> None:  # Any: steps of one kind or the other
+    """Let steps stand in for these blocks, or for their parts, in the order in which they run."""
     index = 0
-    for block in run:
+    for block in blocks:
         module = model.get_submodule(block.path)
         container = None if block.run is None else programmed(module, block)
-        steps = tuple(
-            CodedStep(module, rule, index + number, block.stream, transform, block.result)
-            for number, transform in enumerate(_transforms(module, block, container))
-        )
+        transforms = _transforms(module, block, container)
+        steps = tuple(step(module, index + number, block, transform) for number, transform in enumerate(transforms))
         index += len(steps)
         _put(module, _standing_in(module, block, container, steps))
 
@@ -276,7 +283,7 @@ def _install_halves(model: nn.Module, stage: StagePlan, plan: Plan) -> None:
         _put(module, Chained(module, rule, index, branches, block.stream))
 
 
-def _transforms(module: nn.Module, block: BlockPlan, container: Programmed | None) -> tuple[Segment | Part | None, ...]:
+def _transforms(module: nn.Module, block: BlockPlan, container: Programmed | None) -> tuple[Transform, ...]:
     """What the steps of a block compute; None for its whole forward."""
     if container is not None:
         return container.parts(block.run or 0)

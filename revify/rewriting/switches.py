@@ -52,13 +52,17 @@ class Switch:
 
 
 class NoCache:
-    """A hook before the forward of a transformers model: while it trains, it keeps no cache."""
+    """A hook before the forward of a transformers model: while it trains, it keeps no cache.
 
-    def __init__(self) -> None:
-        self.told = False
+    Args:
+        place: at which position, among the arguments, the forward takes `use_cache`.
+    """
+
+    def __init__(self, place: int) -> None:
+        self.place, self.told = place, False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not module.training or not torch.is_grad_enabled() or _place_of_cache(module) < len(args):
+        if not module.training or not torch.is_grad_enabled() or self.place < len(args):
             return None
         given, asked = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if given is not None and (not hasattr(given, "get_seq_length") or given.get_seq_length()):
@@ -82,10 +86,11 @@ class NoCache:
         return args, {**kwargs, "use_cache": False} | ({} if given is None else {"past_key_values": None})
 
 
-def has_cache(module: nn.Module) -> bool:
-    """Whether it is a model of transformers whose forward may keep a cache."""
+def place_of_cache(module: nn.Module) -> int | None:
+    """Where the forward of a transformers model takes `use_cache`, counted after `self`; None where it keeps no cache."""
     own = hasattr(type(module), TRANSFORMERS) and hasattr(getattr(module, "config", None), "use_cache")
-    return own and "use_cache" in inspect.signature(type(module).forward).parameters
+    names = list(inspect.signature(type(module).forward).parameters)[1:] if own else []
+    return names.index("use_cache") if "use_cache" in names else None
 
 
 def set_switches(model: nn.Module) -> None:
@@ -94,8 +99,9 @@ def set_switches(model: nn.Module) -> None:
         for method in METHODS:
             if callable(getattr(type(module), method, None)):
                 module.__dict__[method] = Switch(method, type(module).__name__)
-        if has_cache(module):
-            module.register_forward_pre_hook(NoCache(), prepend=True, with_kwargs=True)
+        place = place_of_cache(module)
+        if place is not None:
+            module.register_forward_pre_hook(NoCache(place), prepend=True, with_kwargs=True)
 
 
 def unset_switches(model: nn.Module) -> None:
@@ -110,8 +116,3 @@ def unset_switches(model: nn.Module) -> None:
 
 def _numbers(module: nn.Module) -> Iterator[int]:
     return (number for number, hook in module._forward_pre_hooks.items() if isinstance(hook, NoCache))
-
-
-def _place_of_cache(module: nn.Module) -> int:
-    """At which position, among the arguments, the forward takes `use_cache`."""
-    return list(inspect.signature(type(module).forward).parameters).index("use_cache") - 1  # after `self`
